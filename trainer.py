@@ -1,0 +1,6 @@
+"""The reference program `trainer.py`: its launch lines run unchanged, under `python` and under `torchrun`."""
+
+from modellink.cli.main import program
+
+if __name__ == "__main__":
+    program("trainer")
