@@ -1,0 +1,161 @@
+"""Grouped-query attention: projections, rotation, and a core that may be exchanged.
+
+The projections see only local shapes (`view(..., -1, K)`), so a column shard of q/k/v is simply fewer heads. What happens between
+rotated q, k, v and the weighted sum is `AttentionCore`; context parallelism replaces that one module and nothing else.
+Legend: B batch, S query length, T key length, D hidden, H query heads, G key/value heads, K head size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modellink.config.schema import ModelConfig
+from modellink.models.cache import LayerCache
+from modellink.models.layers import Dropout, make_norm
+from modellink.models.rope import RopeTable, rotate
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """fp32 [heads]: slopes of ALiBi (Press et al., arXiv:2108.12409), interpolated when `heads` is no power of two."""
+
+    def power_of_two(n: int) -> list[float]:
+        start = 2.0 ** (-(2.0 ** -(math.log2(n) - 3)))
+        return [start ** (i + 1) for i in range(n)]
+
+    closest = 2 ** math.floor(math.log2(heads))
+    slopes = power_of_two(closest)
+    if closest != heads:
+        slopes += power_of_two(2 * closest)[0::2][: heads - closest]
+    return torch.tensor(slopes, dtype=torch.float32)
+
+
+class AttentionMask:
+    """Who may look at whom in one forward pass. Causal; dense tensors are built only when a kernel needs them, then kept.
+
+    query_length S queries are the last of key_length T positions. `first_key` int [B] masks the keys before it (left padding).
+    """
+
+    def __init__(
+        self, query_length: int, key_length: int, device: torch.device, first_key: Tensor | None = None
+    ) -> None:
+        self.query_length, self.key_length, self.device, self.first_key = query_length, key_length, device, first_key
+        self._dense: dict[int | None, Tensor] = {}
+
+    def is_trivial(self, window: int | None) -> bool:
+        """True when a kernel's own causal rule (or no rule at all, for one query) says the same."""
+        if self.first_key is not None or (window is not None and window < self.key_length):
+            return False
+        return self.query_length in (1, self.key_length)
+
+    def distances(self) -> Tensor:
+        """int [S, T]: how far each key lies behind each query; negative for keys ahead."""
+        key = torch.arange(self.key_length, device=self.device)
+        query = torch.arange(self.key_length - self.query_length, self.key_length, device=self.device)
+        return query[:, None] - key[None, :]
+
+    def dense(self, window: int | None) -> Tensor:
+        """bool [S, T] or [B, 1, S, T]: True where the key may be seen. A row that sees nothing (padding) sees itself."""
+        if window not in self._dense:
+            distance = self.distances()
+            allowed = distance >= 0
+            if window is not None:
+                allowed &= distance < window
+            if self.first_key is not None:
+                key = torch.arange(self.key_length, device=self.device)
+                real = key >= self.first_key[:, None, None, None]
+                allowed = (allowed & real) | (distance == 0)  # softmax over nothing would be NaN
+            self._dense[window] = allowed
+        return self._dense[window]
+
+
+class AttentionCore(nn.Module):
+    """softmax(q k^T * scale + mask) v on one device, with dropout, window, ALiBi and soft cap.
+
+    `first_head` is the global index of the first local query head; tensor parallelism sets it, only ALiBi reads it.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.scale = (config.query_scale or config.head_dim) ** -0.5
+        self.window = config.sliding_window if config.layer_has_window(layer) else None
+        self.softcap = config.attention_logit_softcap
+        self.alibi = config.position_embedding == "alibi"
+        self.total_heads = config.num_attention_heads
+        self.first_head = 0
+        self.dropout = Dropout(config.attention_dropout)
+
+    def forward(self, q_BHSK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask: AttentionMask) -> Tensor:
+        """Returns [B, H, S, K] in the dtype of q."""
+        probability = self.dropout.p if self.training else 0.0
+        trivial = mask.is_trivial(self.window) and not self.alibi and self.softcap is None
+        with self.dropout.region():
+            if trivial:
+                return F.scaled_dot_product_attention(
+                    q_BHSK,
+                    k_BGTK,
+                    v_BGTK,
+                    dropout_p=probability,
+                    is_causal=mask.query_length > 1,
+                    scale=self.scale,
+                    enable_gqa=q_BHSK.shape[1] != k_BGTK.shape[1],
+                )
+            repeats = q_BHSK.shape[1] // k_BGTK.shape[1]
+            if repeats > 1:  # memory-efficient kernels take a mask or grouped heads, not both
+                k_BGTK, v_BGTK = k_BGTK.repeat_interleave(repeats, 1), v_BGTK.repeat_interleave(repeats, 1)
+            bias = self._bias(mask, q_BHSK)
+            if self.softcap is None:
+                return F.scaled_dot_product_attention(
+                    q_BHSK, k_BGTK, v_BGTK, attn_mask=bias, dropout_p=probability, scale=self.scale
+                )
+            scores = (q_BHSK @ k_BGTK.transpose(-1, -2)) * self.scale
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+            scores = scores.masked_fill(~bias, float("-inf")) if bias.dtype == torch.bool else scores + bias
+            weights = scores.softmax(-1, dtype=torch.float32).to(q_BHSK.dtype)
+            return F.dropout(weights, probability) @ v_BGTK
+
+    def _bias(self, mask: AttentionMask, q_BHSK: Tensor) -> Tensor:
+        """bool mask, or the additive ALiBi bias in the dtype of q with -inf where a key may not be seen."""
+        allowed = mask.dense(self.window)
+        if not self.alibi:
+            return allowed
+        heads = slice(self.first_head, self.first_head + q_BHSK.shape[1])
+        slopes = alibi_slopes(self.total_heads)[heads].to(q_BHSK.device)
+        bias = -slopes[:, None, None] * mask.distances()
+        return bias.masked_fill(~allowed, float("-inf")).to(q_BHSK.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head, grouped-query or multi-query self-attention of one layer."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        hidden, head = config.hidden_size, config.head_dim
+        self.head_dim = head
+        self.rope_interleaved = config.rope_interleaved
+        self.q_proj = nn.Linear(hidden, config.num_attention_heads * head, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * head, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * head, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * head, hidden, bias=config.attention_output_bias)
+        self.q_norm = make_norm(config, head) if config.qk_norm else None
+        self.k_norm = make_norm(config, head) if config.qk_norm else None
+        self.core = AttentionCore(config, layer)
+
+    def forward(
+        self, x_BSD: Tensor, *, rope: RopeTable | None, mask: AttentionMask, cache: LayerCache | None = None
+    ) -> Tensor:
+        """[B, S, D] -> [B, S, D]; with `cache`, keys and values of earlier tokens come first."""
+        q, k, v = (proj(x_BSD) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, rope, self.rope_interleaved), rotate(k, rope, self.rope_interleaved)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        if cache is not None:
+            k, v = cache.append(k, v)
+        out_BHSK = self.core(q, k, v, mask)
+        return self.o_proj(out_BHSK.transpose(1, 2).flatten(-2))

@@ -1,0 +1,169 @@
+"""The one decoder. Every family is a row of data over it; every parallel layout holds a subset of its names.
+
+    tokens_BS ─▶ embed_tokens ─▶ [scale, + positions, norm] ─▶ layers 0..L-1 ─▶ norm ─▶ lm_head ─▶ logits_BSV
+
+    layer:  x ─▶ input_layernorm ─▶ self_attn ─▶ (attention_output_norm) ─▶ + x
+            x ─▶ post_attention_layernorm ─▶ mlp ─▶ (mlp_output_norm)    ─▶ + x
+
+A pipeline stage is the same class built for a range of layers: the first holds the embedding, the last the final norm and the
+output matrix, and parameter names are those of the whole model. Legend: B batch, S sequence, D hidden, V padded vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from modellink.config.schema import ModelConfig
+from modellink.models.attention import Attention, AttentionMask
+from modellink.models.cache import KVCache, LayerCache
+from modellink.models.layers import MLP, Dropout, make_norm
+from modellink.models.rope import RopeTable, RotaryEmbedding
+
+LayerCall = Callable[[Tensor], Tensor]
+RunLayers = Callable[[list[LayerCall], Tensor], Tensor]
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and MLP with residual connections; sandwich norms normalise the branch outputs as well."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        self.input_layernorm = make_norm(config, hidden)
+        self.self_attn = Attention(config, layer)
+        self.attention_output_norm = make_norm(config, hidden) if config.sandwich_norm else None
+        self.post_attention_layernorm = make_norm(config, hidden)
+        self.mlp = MLP(config)
+        self.mlp_output_norm = make_norm(config, hidden) if config.sandwich_norm else None
+        self.residual_multiplier = config.residual_multiplier
+        self.dropout = Dropout(config.hidden_dropout)
+
+    def forward(
+        self, x_BSD: Tensor, *, rope: RopeTable | None, mask: AttentionMask, cache: LayerCache | None = None
+    ) -> Tensor:
+        """[B, S, D] -> [B, S, D]."""
+        dtype = self.input_layernorm.weight.dtype  # differs from x's only when the residual stream is fp32
+        branch = self.self_attn(self.input_layernorm(x_BSD).to(dtype), rope=rope, mask=mask, cache=cache)
+        x_BSD = self._add(x_BSD, branch, self.attention_output_norm)
+        branch = self.mlp(self.post_attention_layernorm(x_BSD).to(dtype))
+        return self._add(x_BSD, branch, self.mlp_output_norm)
+
+    def _add(self, x_BSD: Tensor, branch_BSD: Tensor, norm: nn.Module | None) -> Tensor:
+        if norm is not None:
+            branch_BSD = norm(branch_BSD)
+        if self.residual_multiplier != 1.0:
+            branch_BSD = branch_BSD * self.residual_multiplier
+        return x_BSD + self.dropout(branch_BSD)
+
+
+def run_layers_plainly(layers: list[LayerCall], x_BSD: Tensor) -> Tensor:
+    """One layer after the other; recomputation hands in another way of running them."""
+    for layer in layers:
+        x_BSD = layer(x_BSD)
+    return x_BSD
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer, or the pipeline stage of one that holds `layers` (default: all of them).
+
+    `first` and `last` say whether this part owns the embedding and the output. Sizes in `config` must be resolved.
+    """
+
+    def __init__(
+        self, config: ModelConfig, layers: range | list[int] | None = None, first: bool = True, last: bool = True
+    ) -> None:
+        super().__init__()
+        assert config.padded_vocab_size, "the padded vocabulary must be resolved before a model is built"
+        self.config = config
+        indices = list(range(config.num_layers)) if layers is None else list(layers)
+        hidden, vocab = config.hidden_size, config.padded_vocab_size
+        self.embed_tokens = nn.Embedding(vocab, hidden) if first else None
+        learned = first and config.position_embedding == "learned_absolute"
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, hidden) if learned else None
+        self.embed_norm = make_norm(config, hidden) if first and config.embedding_norm else None
+        self.embed_dropout = Dropout(config.hidden_dropout)
+        self.rope = RotaryEmbedding(config) if config.position_embedding == "rope" else None
+        # a dict, not a list: a stage's layers keep their global index as their name
+        self.layers = nn.ModuleDict({str(i): DecoderLayer(config, i) for i in indices})
+        self.norm = make_norm(config, hidden) if last else None
+        self.lm_head = nn.Linear(hidden, vocab, bias=config.lm_head_bias) if last else None
+        self.run_layers: RunLayers = run_layers_plainly
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make the output matrix the embedding matrix again where both live here (sharding replaces parameters)."""
+        if self.config.tie_word_embeddings and self.lm_head is not None and self.embed_tokens is not None:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def canonical_name(self, name: str) -> str:
+        """Name of a parameter in checkpoints: a tied output matrix on a later stage is the embedding."""
+        tied = self.config.tie_word_embeddings and name == "lm_head.weight"
+        return "embed_tokens.weight" if tied else name
+
+    def embed(self, tokens_BS: Tensor, position_ids: Tensor) -> Tensor:
+        """Token (and learned position) embeddings, scaled and normalised: [B, S, D]."""
+        config = self.config
+        x_BSD = self.embed_tokens(tokens_BS)
+        if config.embedding_times_sqrt_hidden:
+            x_BSD = x_BSD * torch.tensor(config.hidden_size**0.5, dtype=x_BSD.dtype, device=x_BSD.device)
+        if config.embedding_multiplier != 1.0:
+            x_BSD = x_BSD * config.embedding_multiplier
+        if self.embed_positions is not None:
+            x_BSD = x_BSD + self.embed_positions(position_ids.expand(tokens_BS.shape))
+        if self.embed_norm is not None:
+            x_BSD = self.embed_norm(x_BSD)
+        x_BSD = self.embed_dropout(x_BSD)
+        return x_BSD.float() if config.fp32_residual else x_BSD
+
+    def logits(self, x_BSD: Tensor) -> Tensor:
+        """Final norm, output matrix, scaling and soft cap: [B, S, V] (V local where the vocabulary is sharded)."""
+        config = self.config
+        x_BSD = self.norm(x_BSD).to(self.lm_head.weight.dtype)
+        if config.hidden_divisor != 1.0:
+            x_BSD = x_BSD / config.hidden_divisor
+        logits_BSV = self.lm_head(x_BSD)
+        if config.logits_multiplier != 1.0:
+            logits_BSV = logits_BSV * config.logits_multiplier
+        if config.output_logit_softcap is not None:
+            cap = config.output_logit_softcap
+            logits_BSV = cap * torch.tanh(logits_BSV / cap)
+        return logits_BSV
+
+    def forward(
+        self,
+        x: Tensor,
+        position_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        first_key: Tensor | None = None,
+        sequence_length: int | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Token ids int [B, S] on the first stage, hidden states [B, S, D] on later ones -> logits or hidden states.
+
+        position_ids int [B, S] or [S], default 0.. after what the cache holds. first_key int [B]: keys before it are left
+        padding. sequence_length S is needed only where x holds a shard of the sequence. last_only keeps the last position's
+        logits, [B, 1, V].
+        """
+        past = cache.length if cache is not None else 0
+        length = sequence_length or x.shape[1]
+        if position_ids is None:
+            position_ids = torch.arange(past, past + length, device=x.device)
+        if self.embed_tokens is not None:
+            x = self.embed(x, position_ids)
+        rope = self.rope(position_ids, x.dtype) if self.rope is not None else None
+        mask = AttentionMask(length, past + length, x.device, first_key)
+        calls: list[LayerCall] = []
+        for place, layer in enumerate(self.layers.values()):
+            layer_cache = cache.layers[place] if cache is not None else None
+            calls.append(_bind(layer, rope=rope, mask=mask, cache=layer_cache))
+        x = self.run_layers(calls, x)
+        if self.lm_head is None:
+            return x
+        return self.logits(x[:, -1:] if last_only else x)
+
+
+def _bind(layer: nn.Module, **context: object) -> LayerCall:
+    return lambda x: layer(x, **context)

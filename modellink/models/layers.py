@@ -1,0 +1,101 @@
+"""Norms, MLP and dropout: the small parts of a decoder layer. D hidden, F FFN width."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modellink.config.schema import ModelConfig
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * w, statistics in fp32 (Zhang & Sennrich, arXiv:1910.07467).
+
+    The product with the weight is taken after casting back to the input dtype (Llama) or before (`weight_in_fp32`, Gemma);
+    the two differ in bf16. With `offset` the weight is stored minus one.
+    """
+
+    def __init__(self, size: int, epsilon: float, offset: bool = False, weight_in_fp32: bool = False) -> None:
+        super().__init__()
+        self.epsilon, self.offset, self.weight_in_fp32 = epsilon, offset, weight_in_fp32
+        self.weight = nn.Parameter(torch.zeros(size) if offset else torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = x.dtype
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.epsilon)
+        if self.weight_in_fp32:
+            weight = self.weight.float()
+            return (y * (1.0 + weight if self.offset else weight)).to(dtype)
+        return y.to(dtype) * (1.0 + self.weight if self.offset else self.weight)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation with bias; with `offset` the weight is stored minus one."""
+
+    def __init__(self, size: int, epsilon: float, offset: bool = False) -> None:
+        super().__init__()
+        self.epsilon, self.offset = epsilon, offset
+        self.weight = nn.Parameter(torch.zeros(size) if offset else torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight + 1.0 if self.offset else self.weight
+        return F.layer_norm(x, weight.shape, weight, self.bias, self.epsilon)
+
+
+def make_norm(config: ModelConfig, size: int) -> RMSNorm | LayerNorm:
+    """The kind of norm that `config` asks for, over the last dimension of `size` channels."""
+    if config.normalization == "RMSNorm":
+        return RMSNorm(size, config.norm_epsilon, config.norm_offset, config.norm_weight_in_fp32)
+    return LayerNorm(size, config.norm_epsilon, config.norm_offset)
+
+
+class Dropout(nn.Module):
+    """Dropout whose random stream can be exchanged.
+
+    `region` is a context manager factory entered around the draw. Where activations are sharded the shards need different
+    streams, where they are replicated the same one; whoever shards the model hands in the right region.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+        self.region: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.p == 0.0 or not self.training:
+            return x
+        with self.region():
+            return F.dropout(x, self.p)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "relu": F.relu,
+    "squared_relu": lambda x: F.relu(x).square(),
+}
+
+
+class MLP(nn.Module):
+    """down(act(gate(x)) * up(x)), or down(act(up(x))) when not gated."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden, width, bias = config.hidden_size, config.ffn_hidden_size, config.mlp_bias
+        self.gate_proj = nn.Linear(hidden, width, bias=bias) if config.gated_mlp else None
+        self.up_proj = nn.Linear(hidden, width, bias=bias)
+        self.down_proj = nn.Linear(width, hidden, bias=bias)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        if self.gate_proj is None:
+            return self.down_proj(self.activation(self.up_proj(x_BSD)))
+        return self.down_proj(self.activation(self.gate_proj(x_BSD)) * self.up_proj(x_BSD))
