@@ -8,6 +8,7 @@ Legend: B batch, S query length, T key length, D hidden, H query heads, G key/va
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -143,6 +144,8 @@ class Attention(nn.Module):
         self.q_norm = make_norm(config, head) if config.qk_norm else None
         self.k_norm = make_norm(config, head) if config.qk_norm else None
         self.core = AttentionCore(config, layer)
+        # recomputation hands in another way of running the core
+        self.run_core: Callable[[Tensor, Tensor, Tensor, AttentionMask], Tensor] | None = None
 
     def forward(
         self, x_BSD: Tensor, *, rope: RopeTable | None, mask: AttentionMask, cache: LayerCache | None = None
@@ -157,5 +160,5 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if cache is not None:
             k, v = cache.append(k, v)
-        out_BHSK = self.core(q, k, v, mask)
+        out_BHSK = (self.run_core or self.core)(q, k, v, mask)
         return self.o_proj(out_BHSK.transpose(1, 2).flatten(-2))

@@ -1,0 +1,136 @@
+"""From a configuration to a model on devices: every transform, in the one order that works.
+
+    stage of the pipeline  on the meta device: no memory yet
+    tensor / sequence      parameters become DTensors over `tp`
+    recomputation          around layers or the attention core
+    compilation            per layer
+    data parallel          FSDP2 per layer, then the rest: parameters become shards over `dp`
+    materialise            memory for the local shards only
+    initial weights        each from its name, cut to the local shard
+
+One process takes the model as it is: none of the wrappers exists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from modellink.config.schema import ModelConfig, ParallelConfig
+from modellink.models.decoder import Decoder
+from modellink.models.init import initial_value
+from modellink.parallel.pipeline import Pipeline, StageSpec, stage_specs
+from modellink.parallel.recompute import apply_recompute
+from modellink.parallel.shard import copy_full_into
+from modellink.parallel.tensor import apply_tensor_parallel
+from modellink.parallel.topology import Topology
+
+
+@dataclass
+class ParallelModel:
+    """This rank's chunks of the model (one, unless the pipeline is interleaved) and how to run them."""
+
+    chunks: list[Decoder]
+    specs: list[StageSpec]
+    topology: Topology
+    pipeline: Pipeline | None
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """(canonical name, parameter) of everything this rank holds; a tied pair that lives here counts once."""
+        return [
+            (chunk.canonical_name(name), parameter)
+            for chunk in self.chunks
+            for name, parameter in chunk.named_parameters()
+        ]
+
+    def fsdp_modules(self) -> list[FSDPModule]:
+        """Every module that FSDP manages."""
+        return [m for chunk in self.chunks for m in chunk.modules() if isinstance(m, FSDPModule)]
+
+    def train(self, mode: bool = True) -> None:
+        """Switch dropout on or off."""
+        for chunk in self.chunks:
+            chunk.train(mode)
+
+    @property
+    def tied_copy(self) -> nn.Parameter | None:
+        """The embedding matrix where first and last stage each hold a copy of it, else None."""
+        config = self.chunks[0].config
+        if not config.tie_word_embeddings or self.topology.size("pp") == 1:
+            return None
+        if self.specs[0].first:
+            return self.chunks[0].embed_tokens.weight
+        if self.specs[-1].last:
+            return self.chunks[-1].lm_head.weight
+        return None
+
+
+def apply_data_parallel(model: Decoder, topology: Topology, compute_dtype: torch.dtype) -> None:
+    """Wrap each layer and the rest with FSDP2 over the data axes; gradients are summed in fp32, not averaged.
+
+    Parameters stay as they are (fp32 masters under mixed precision), layers compute in `compute_dtype`.
+    ZeRO-0 is sharding over one rank and replication over the others; 1 and 2 keep gathered weights until backward is over;
+    3 drops them after forward.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    mesh = topology.mesh["dp_replicate", "dp_shard"]
+    if topology.size("dp_replicate") == 1:
+        mesh = topology.mesh["dp_shard"]
+    reshard = topology.zero_stage == 3 and topology.size("pp") == 1
+    for layer in model.layers.values():
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # the loss is already divided by the global token count; gloo knows no scaled sums
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def materialise(model: Decoder, device: torch.device, seed: int | None) -> None:
+    """Allocate local shards on `device` and, unless `seed` is None (weights will be loaded), draw initial weights."""
+    model.to_empty(device=device)
+    model.tie_weights()
+    if seed is None:
+        return
+    for name, parameter in model.named_parameters():
+        canonical = model.canonical_name(name)
+        copy_full_into(initial_value(canonical, parameter.shape, model.config, seed), parameter)
+
+
+def build_model(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    topology: Topology,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int | None,
+) -> ParallelModel:
+    """Build this rank's part of `model`, laid out by `parallel`, computing in `dtype`, with initial weights from `seed`.
+
+    Under data parallelism parameters are the fp32 masters and are cast when gathered; otherwise they are held in `dtype`.
+    """
+    data_parallel = topology.dp > 1
+    specs = stage_specs(model, parallel, topology.coordinate("pp"))
+    chunks = []
+    for spec in specs:
+        with torch.device("meta"):
+            chunk = Decoder(model, spec.layers, spec.first, spec.last)
+        chunk.to(torch.float32 if data_parallel else dtype)
+        if topology.size("tp") > 1:
+            apply_tensor_parallel(chunk, topology.mesh["tp"], parallel.sequence_parallel)
+        apply_recompute(chunk, parallel)
+        if parallel.compile:
+            for layer in chunk.layers.values():
+                layer.compile()
+        if data_parallel:
+            apply_data_parallel(chunk, topology, dtype)
+        materialise(chunk, device, seed)
+        chunks.append(chunk)
+    pipeline = Pipeline(chunks, specs, parallel, topology, device, dtype) if topology.size("pp") > 1 else None
+    return ParallelModel(chunks, specs, topology, pipeline)

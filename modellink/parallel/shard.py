@@ -1,0 +1,59 @@
+"""From a full tensor to the piece this rank holds, without communication.
+
+Initial weights and files hold full tensors; a rank cuts its own piece out of them. Slicing before reading matters for files, so a
+piece is described first (`local_region`) and cut second.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def chunk_bounds(length: int, parts: int, index: int) -> tuple[int, int]:
+    """[start, end) of chunk `index` when `length` rows are cut like `torch.chunk`: ceil(length / parts) rows each, last ones fewer."""
+    size = -(-length // parts)
+    return min(index * size, length), min((index + 1) * size, length)
+
+
+def local_region(parameter: Tensor) -> tuple[tuple[int, int], ...]:
+    """[start, end) along each dimension of the full tensor that this rank holds of `parameter` (everything for a plain one).
+
+    Mesh dimensions are walked from the innermost outwards: tensor parallelism cuts first and FSDP cuts what remains, which is
+    how FSDP2 lays out a parameter that is already split.
+    """
+    region = [(0, size) for size in parameter.shape]
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        for axis in reversed(range(mesh.ndim)):
+            placement = parameter.placements[axis]
+            dim = getattr(placement, "dim", None)
+            if dim is None:
+                continue
+            start, end = region[dim]
+            low, high = chunk_bounds(end - start, mesh.size(axis), mesh.get_local_rank(axis))
+            region[dim] = (start + low, start + high)
+    return tuple(region)
+
+
+def local_slice(full: Any, parameter: Tensor) -> Tensor:
+    """Cut this rank's piece of `parameter` out of `full`: a tensor of the full shape, or a safetensors slice of one."""
+    region = local_region(parameter)
+    piece = full[tuple(slice(start, end) for start, end in region)]
+    return piece if isinstance(piece, Tensor) else torch.as_tensor(piece)
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """The tensor itself, or the local shard of a DTensor; writing into it writes into `tensor`."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def copy_full_into(full: Any, parameter: Tensor) -> None:
+    """Overwrite the local piece of `parameter` from the full tensor (or safetensors slice) `full`, casting to its dtype."""
+    target = local_tensor(parameter)
+    if target.numel():
+        target.copy_(local_slice(full, parameter))

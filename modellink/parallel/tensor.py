@@ -1,0 +1,103 @@
+"""Tensor and sequence parallelism: the plan's kinds turned into DTensor styles."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from modellink import device
+from modellink.models.attention import AttentionCore
+from modellink.models.decoder import Decoder
+from modellink.models.layers import Dropout
+from modellink.parallel.plan import kind_of
+
+
+class ReplicatedEmbedding(ParallelStyle):
+    """A replicated module on replicated input whose output is cut to `output_layout`; gradients come back whole."""
+
+    def __init__(self, output_layout: Shard | Replicate) -> None:
+        self.output_layout = output_layout
+
+    def _partition(self, name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+        for key, parameter in module.named_parameters(recurse=False):
+            whole = nn.Parameter(distribute_tensor(parameter, mesh, [Replicate()], src_data_rank=None))
+            module.register_parameter(key, whole)
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def enter(_: nn.Module, inputs: tuple[Tensor, ...], mesh: DeviceMesh) -> tuple[Tensor, ...]:
+            return tuple(DTensor.from_local(t, mesh, [Replicate()], run_check=False) for t in inputs)
+
+        def leave(_: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:
+            return output.redistribute(placements=[self.output_layout]).to_local()
+
+        return distribute_module(module, device_mesh, self._partition, enter, leave)
+
+
+def style_of(kind: str, sequence_parallel: bool) -> ParallelStyle | None:
+    """DTensor style of a plan kind. Between blocks activations are split over the sequence, or whole on every rank."""
+    between = Shard(1) if sequence_parallel else Replicate()
+    styles: dict[str, Callable[[], ParallelStyle | None]] = {
+        "vocabulary_in": lambda: RowwiseParallel(input_layouts=Replicate(), output_layouts=between),
+        "positions": lambda: ReplicatedEmbedding(between),
+        "norm": lambda: SequenceParallel(use_local_output=True) if sequence_parallel else None,
+        "head_norm": lambda: SequenceParallel(sequence_dim=2, use_local_output=True),
+        # stays a DTensor inside the block, so that the column splits' input gradients are summed before one reduction
+        "block": lambda: PrepareModuleInput(input_layouts=(between,), desired_input_layouts=(Replicate(),)),
+        "column": ColwiseParallel,
+        "row": lambda: RowwiseParallel(output_layouts=between),
+        "vocabulary_out": lambda: ColwiseParallel(input_layouts=between, output_layouts=Shard(-1)),
+    }
+    return styles[kind]()
+
+
+def own_random_stream(rank: int) -> Callable[[], AbstractContextManager[object]]:
+    """Region in which each tensor rank draws differently.
+
+    The seed of the region comes from the common stream, so a recomputed forward pass, which restores that stream, draws the
+    same numbers again, and the common stream stays common.
+    """
+
+    @contextlib.contextmanager
+    def region() -> Iterator[None]:
+        seed = int(torch.empty((), dtype=torch.int64).random_())
+        before = device.rng_state()
+        try:
+            device.seed_all((seed + rank) % 2**63)
+            yield
+        finally:
+            device.set_rng_state(before)
+
+    return region
+
+
+def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence_parallel: bool) -> None:
+    """Shard `model` (parameters may be on the meta device) over the one-dimensional tensor `mesh`, in place."""
+    styles = {}
+    for name, _ in model.named_modules():
+        kind = kind_of(name)
+        style = style_of(kind, sequence_parallel) if kind is not None else None
+        if style is not None:
+            styles[name] = style
+    parallelize_module(model, mesh, styles)
+    model.tie_weights()
+    rank, region = mesh.get_local_rank(), own_random_stream(mesh.get_local_rank())
+    for name, module in model.named_modules():
+        if isinstance(module, AttentionCore):
+            module.first_head = rank * (module.total_heads // mesh.size())
+        in_attention = ".self_attn." in name
+        if isinstance(module, Dropout) and (sequence_parallel or in_attention):
+            module.region = region

@@ -1,0 +1,121 @@
+"""Which rank holds what: one named device mesh over `pp, dp_replicate, dp_shard, cp, tp` (tensor fastest, pipeline slowest).
+
+World size 1 has no mesh at all, so single-device code takes no detour. Axes of size 1 never communicate.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from modellink import device
+from modellink.config.schema import ParallelConfig
+from modellink.errors import ModelLinkError
+
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+
+
+def launched_world_size() -> int:
+    """World size of the launch (torchrun's WORLD_SIZE), 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_rank() -> int:
+    """Global rank of this process, 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+    """Ranks left for data parallelism; ModelLinkError when the model-parallel sizes do not divide the world."""
+    model_ranks = parallel.tensor_parallel * parallel.pipeline_parallel * parallel.context_parallel
+    if world_size % model_ranks:
+        raise ModelLinkError(
+            f"{world_size} processes cannot be divided into tensor {parallel.tensor_parallel} x pipeline "
+            f"{parallel.pipeline_parallel} x context {parallel.context_parallel} = {model_ranks} model-parallel ranks: "
+            f"launch a multiple of {model_ranks} processes or change the parallel sizes."
+        )
+    return world_size // model_ranks
+
+
+def initialize_distributed(parallel: ParallelConfig) -> torch.device:
+    """Join the process group that the launcher describes (none for one process); returns this rank's device."""
+    local = device.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if launched_world_size() > 1 and not dist.is_initialized():
+        dist.init_process_group(
+            backend=device.backend(), timeout=timedelta(minutes=parallel.distributed_timeout_minutes)
+        )
+    return local
+
+
+class Topology:
+    """Sizes, this rank's coordinates and process groups of a layout.
+
+    `zero_stage` 0 replicates over all data ranks; 1-3 shard over dp_shard = data ranks / `data_parallel_replicas`.
+    """
+
+    def __init__(self, parallel: ParallelConfig, world_size: int | None = None) -> None:
+        self.parallel = parallel
+        self.world_size = world_size or (dist.get_world_size() if dist.is_initialized() else 1)
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.dp = data_parallel_size(parallel, self.world_size)
+        self.zero_stage = parallel.zero_stage or (1 if parallel.distributed_optimizer else 0)
+        replicas = self.dp if self.zero_stage == 0 else parallel.data_parallel_replicas
+        if self.dp % replicas:
+            raise ModelLinkError(
+                f"{self.dp} data-parallel ranks cannot be divided into {replicas} replicas: "
+                f"choose --data-parallel-replicas among the divisors of {self.dp}."
+            )
+        self.sizes = dict(
+            zip(
+                AXES,
+                (parallel.pipeline_parallel, replicas, self.dp // replicas, parallel.context_parallel, parallel.tensor_parallel),
+                strict=True,
+            )
+        )
+        self.mesh: DeviceMesh | None = None
+        if self.world_size > 1:
+            self.mesh = init_device_mesh(device.device_type(), tuple(self.sizes.values()), mesh_dim_names=AXES)
+
+    def size(self, axis: str) -> int:
+        """Number of ranks along `axis`."""
+        return self.sizes[axis]
+
+    def coordinate(self, axis: str) -> int:
+        """This rank's place along `axis`."""
+        return self.mesh.get_local_rank(axis) if self.mesh is not None else 0
+
+    def group(self, axis: str) -> dist.ProcessGroup | None:
+        """Process group along `axis`, None where the axis has one rank."""
+        return self.mesh.get_group(axis) if self.mesh is not None and self.sizes[axis] > 1 else None
+
+    @property
+    def dp_rank(self) -> int:
+        """This rank's place among the data-parallel ranks."""
+        return self.coordinate("dp_replicate") * self.sizes["dp_shard"] + self.coordinate("dp_shard")
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0: the one that prints and writes shared files."""
+        return self.rank == 0
+
+    def reduce(self, tensor: Tensor, *axes: str, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+        """All-reduce `tensor` in place over each of `axes` in turn; returns it."""
+        for axis in axes:
+            group = self.group(axis)
+            if group is not None:
+                dist.all_reduce(tensor, op=op, group=group)
+        return tensor
+
+    def sum_over_data(self, tensor: Tensor) -> Tensor:
+        """Sum over everything that splits the batch: data and context ranks."""
+        return self.reduce(tensor, "dp_replicate", "dp_shard", "cp")
+
+    def describe(self) -> str:
+        """One line for the log, for example `tp 2 x pp 2 x dp 2`."""
+        sharding = {0: "", 1: " (ZeRO-1)", 2: " (ZeRO-2)", 3: " (ZeRO-3)"}[self.zero_stage]
+        return f"tp {self.sizes['tp']} x pp {self.sizes['pp']} x cp {self.sizes['cp']} x dp {self.dp}{sharding}"
