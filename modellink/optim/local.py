@@ -1,0 +1,39 @@
+"""What optimizers and norms need to know about a parameter's shard.
+
+A parameter is either a plain tensor or a DTensor. Everything in `modellink.optim` computes on local shards, which are
+plain tensors and may be empty, and wraps its own state as DTensors of the parameter's mesh and placements, so that
+`torch.distributed.checkpoint` can save them and load them into another layout.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's shard of `tensor` (the tensor itself when it is plain), detached, sharing storage."""
+    # under no_grad, to_local() hands out the shard itself instead of a differentiable view of it
+    with torch.no_grad():
+        return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def gradient_of(param: Tensor) -> Tensor | None:
+    """The accumulated gradient: `param.main_grad` (float32 accumulation) when set, else `param.grad`."""
+    buffer = main_gradient_of(param)
+    return param.grad if buffer is None else buffer
+
+
+def main_gradient_of(param: Tensor) -> Tensor | None:
+    """The float32 buffer `param.main_grad` into which a trainer accumulates, if there is one."""
+    return getattr(param, "main_grad", None)
+
+
+def like_parameter(param: Tensor, local: Tensor) -> Tensor:
+    """Wrap `local`, shaped as the local shard of `param`, with the mesh and placements of `param`; any dtype."""
+    if not isinstance(param, DTensor):
+        return local
+    return DTensor.from_local(
+        local, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+    )

@@ -1,0 +1,372 @@
+"""One optimizer for float32, bfloat16 and float16 weights, plain or sharded; the update itself is a strategy.
+
+The optimizer owns where numbers live: which weights have float32 masters and in which form, how gradients are scaled
+and converted, how state is named and wrapped. An `UpdateRule` (AdamW, SGD) owns the arithmetic, and sees only lists of
+plain float32 tensors. Work goes bucket by bucket: a bucket is a list of flat pieces of local shards with at most
+`bucket_elements` elements in all, so temporaries (a reconstructed master, a float32 gradient) are bounded however large
+the model or one embedding is. All master modes use the same pieces and so give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from modellink.errors import ModelLinkError
+from modellink.optim.local import gradient_of, like_parameter, local_tensor, main_gradient_of
+from modellink.optim.rounding import merge_float32, split_float32_
+
+MasterMode = Literal["none", "separate", "split"]
+
+
+class UpdateRule(Protocol):
+    """The arithmetic of one step. `state_names` are the per-parameter tensors it keeps, zero before the first step."""
+
+    state_names: tuple[str, ...]
+
+    def __call__(
+        self,
+        weights: list[Tensor],
+        grads: list[Tensor],
+        states: list[list[Tensor]],
+        *,
+        step: int,
+        lr: float,
+        weight_decay: float,
+    ) -> None:
+        """Update `weights` and `states` (one list per state name) in place; `step` counts from 1."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Elements [start, stop) of the flattened local shard of one parameter."""
+
+    name: str
+    start: int
+    stop: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        return local_tensor(tensor).contiguous().view(-1)[self.start : self.stop]
+
+
+@dataclass
+class _Bucket:
+    group: int
+    mode: MasterMode
+    pieces: list[_Piece] = field(default_factory=list)
+    numel: int = 0
+
+
+def is_bias_or_vector(name: str, param: Tensor) -> bool:
+    """Megatron's rule for what is not decayed: biases and 1-dimensional parameters (spec e.2)."""
+    return param.ndim <= 1 or name.rpartition(".")[2] == "bias"
+
+
+class MixedPrecisionOptimizer:
+    """Steps named parameters with an `UpdateRule` in float32.
+
+    float32 (and float64) parameters are their own masters. bfloat16 and float16 parameters keep float32 masters:
+    `master="separate"` as tensors of their own, `master="split"` (bfloat16 only) as the weight plus an int16 remainder;
+    the two are bit-identical (modellink/optim/rounding.py). Parameters that do not require gradients are left out, and
+    one without a gradient at a step is left alone. `param_groups` has keys `names`, `lr`, `weight_decay`,
+    `weight_decay_multiplier` (0 for names that `no_decay` selects) and `decoupled_lr` (true for names that `decoupled`
+    selects); schedules set `lr` and `weight_decay`.
+
+    Raises ModelLinkError when a parameter's dtype does not fit `master`, or a shard is not contiguous.
+    """
+
+    def __init__(
+        self,
+        named_params: Iterable[tuple[str, nn.Parameter]],
+        rule: UpdateRule,
+        *,
+        lr: float,
+        weight_decay: float = 0.0,
+        master: MasterMode = "separate",
+        no_decay: Callable[[str, Tensor], bool] = is_bias_or_vector,
+        decoupled: Callable[[str], bool] | None = None,
+        bucket_elements: int = 1 << 24,
+    ) -> None:
+        self.rule = rule
+        self.step_count = 0
+        self._params: dict[str, nn.Parameter] = {}
+        for name, param in named_params:
+            if name in self._params:
+                raise ModelLinkError(f"optimizer: two parameters are named {name!r}; give each its own name.")
+            if param.requires_grad:
+                self._params[name] = param
+        self._modes = {name: _mode_of(name, param, master) for name, param in self._params.items()}
+        self.param_groups = self._make_groups(lr, weight_decay, no_decay, decoupled)
+        self._buckets = self._make_buckets(bucket_elements)
+        self._states = {key: self._zeros(None) for key in rule.state_names}
+        self._masters = self._zeros("separate")
+        self._remainders = self._zeros("split")
+        self.reload_masters_from_params()
+
+    def _make_groups(
+        self,
+        lr: float,
+        weight_decay: float,
+        no_decay: Callable[[str, Tensor], bool],
+        decoupled: Callable[[str], bool] | None,
+    ) -> list[dict[str, Any]]:
+        groups: dict[tuple[float, bool], dict[str, Any]] = {}
+        for name, param in self._params.items():
+            multiplier = 0.0 if no_decay(name, param) else 1.0
+            apart = decoupled is not None and decoupled(name)
+            group = groups.setdefault(
+                (multiplier, apart),
+                {
+                    "names": [],
+                    "lr": lr,
+                    "weight_decay": weight_decay * multiplier,
+                    "weight_decay_multiplier": multiplier,
+                    "decoupled_lr": apart,
+                },
+            )
+            group["names"].append(name)
+        return list(groups.values())
+
+    def _make_buckets(self, limit: int) -> list[_Bucket]:
+        buckets: list[_Bucket] = []
+        filling: dict[tuple[Any, ...], _Bucket] = {}
+        for index, group in enumerate(self.param_groups):
+            for name in group["names"]:
+                shard, mode = local_tensor(self._params[name]), self._modes[name]
+                key = (index, mode, shard.dtype, shard.device)
+                start = 0
+                while start < shard.numel():
+                    bucket = filling.get(key)
+                    if bucket is None or bucket.numel == limit:
+                        bucket = filling[key] = _Bucket(index, mode)
+                        buckets.append(bucket)
+                    stop = min(shard.numel(), start + limit - bucket.numel)
+                    bucket.pieces.append(_Piece(name, start, stop))
+                    bucket.numel += stop - start
+                    start = stop
+        return buckets
+
+    def _zeros(self, mode: MasterMode | None) -> dict[str, Tensor]:
+        """A zero tensor beside every parameter of `mode` (None: all), as wide as `mode` needs it."""
+        state = {}
+        for name, param in self._params.items():
+            if mode in (None, self._modes[name]):
+                shard = local_tensor(param)
+                dtype = torch.int16 if mode == "split" else _master_dtype(shard)
+                state[name] = like_parameter(param, torch.zeros(shard.shape, dtype=dtype, device=shard.device))
+        return state
+
+    @torch.no_grad()
+    def step(self, grad_scale: Tensor | float = 1.0) -> None:
+        """Update every parameter that has a gradient, from `gradient * grad_scale`.
+
+        `grad_scale` is the product of the inverse loss scale and the clip coefficient, a float or a 0-dimensional
+        tensor on the gradients' device (no synchronisation). Gradients of the master's own dtype are scaled in place,
+        as clipping does; others are converted bucket by bucket. `main_grad` is preferred over `grad`.
+        """
+        self.step_count += 1
+        for bucket in self._buckets:
+            pieces = [piece for piece in bucket.pieces if gradient_of(self._params[piece.name]) is not None]
+            if not pieces:
+                continue
+            flat, masters = self._read_masters(bucket.mode, pieces)
+            group = self.param_groups[bucket.group]
+            self.rule(
+                masters,
+                self._scaled_gradients(pieces, masters[0].dtype, grad_scale),
+                [[piece.of(state[piece.name]) for piece in pieces] for state in self._states.values()],
+                step=self.step_count,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+            )
+            self._write_weights(bucket.mode, pieces, flat, masters)
+
+    def _scaled_gradients(self, pieces: list[_Piece], dtype: torch.dtype, scale: Tensor | float) -> list[Tensor]:
+        grads = []
+        for piece in pieces:
+            grad = gradient_of(self._params[piece.name])
+            assert grad is not None
+            grads.append(piece.of(grad))
+        unscaled = not isinstance(scale, Tensor) and scale == 1.0
+        if all(grad.dtype == dtype for grad in grads):
+            if not unscaled:
+                torch._foreach_mul_(grads, scale)
+            return grads
+        flat = torch.cat(grads).to(dtype)
+        if not unscaled:
+            flat.mul_(scale)
+        return list(flat.split([grad.numel() for grad in grads]))
+
+    def _read_masters(self, mode: MasterMode, pieces: list[_Piece]) -> tuple[Tensor | None, list[Tensor]]:
+        """The master pieces; with the split form also the temporary flat tensor that they are views of."""
+        if mode != "split":
+            source = self._masters if mode == "separate" else self._params
+            return None, [piece.of(source[piece.name]) for piece in pieces]
+        flat = merge_float32(
+            torch.cat([piece.of(self._params[piece.name]) for piece in pieces]),
+            torch.cat([piece.of(self._remainders[piece.name]) for piece in pieces]),
+        )
+        return flat, list(flat.split([piece.stop - piece.start for piece in pieces]))
+
+    def _write_weights(
+        self, mode: MasterMode, pieces: list[_Piece], flat: Tensor | None, masters: list[Tensor]
+    ) -> None:
+        """Round updated masters into the low-precision weights (and remainders)."""
+        if mode == "none":
+            return
+        weights = [piece.of(self._params[piece.name]) for piece in pieces]
+        if weights[0].dtype != torch.bfloat16:
+            torch._foreach_copy_(weights, masters)
+            return
+        weight, remainder = split_float32_(torch.cat(masters) if flat is None else flat)
+        sizes = [piece.numel() for piece in weights]
+        torch._foreach_copy_(weights, list(weight.split(sizes)))
+        if mode == "split":
+            remainders = [piece.of(self._remainders[piece.name]) for piece in pieces]
+            torch._foreach_copy_(remainders, list(remainder.split(sizes)))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop (or zero) gradients; `main_grad` buffers are kept and zeroed, because accumulation adds into them."""
+        for param in self._params.values():
+            buffer = main_gradient_of(param)
+            if buffer is not None:
+                local_tensor(buffer).zero_()
+            if set_to_none:
+                param.grad = None
+            elif param.grad is not None:
+                local_tensor(param.grad).zero_()
+
+    def state_dict(self) -> dict[str, Tensor | int]:
+        """The live state, flat: "exp_avg.NAME" and so on (float32, placed as the parameter is), and "step"."""
+        flat: dict[str, Tensor | int] = {"step": self.step_count}
+        for key, state in self._states.items():
+            flat.update({f"{key}.{name}": tensor for name, tensor in state.items()})
+        return flat
+
+    def load_state_dict(self, flat: Mapping[str, Tensor | int]) -> None:
+        """Copy a state in the form of `state_dict`; raises ModelLinkError on missing, unknown or misshapen entries."""
+        own = self.state_dict()
+        _check_names("optimizer state", own, flat)
+        self.step_count = int(flat["step"])
+        for key, target in own.items():
+            if isinstance(target, Tensor):
+                _copy(key, target, flat[key])
+
+    @torch.no_grad()
+    def master_state(self) -> dict[str, Tensor]:
+        """float32 masters by parameter name: live ones, or (split form) a copy that is reconstructed by this call."""
+        masters: dict[str, Tensor] = {}
+        for name, param in self._params.items():
+            if self._modes[name] == "split":
+                shard = local_tensor(param)
+                flat = merge_float32(shard.view(-1), local_tensor(self._remainders[name]).view(-1))
+                masters[name] = like_parameter(param, flat.view(shard.shape))
+            else:
+                masters[name] = self._masters[name] if name in self._masters else param.detach()
+        return masters
+
+    @torch.no_grad()
+    def load_master_state(self, masters: Mapping[str, Tensor]) -> None:
+        """Take over masters in the form of `master_state` and round the low-precision weights from them."""
+        _check_names("master weights", self._params, masters)
+        for name, param in self._params.items():
+            value = masters[name]
+            if self._modes[name] == "none":
+                _copy(name, param, value)
+            elif self._modes[name] == "separate":
+                _copy(name, self._masters[name], value)
+        for bucket in self._buckets:
+            if bucket.mode == "separate":
+                _, pieces = self._read_masters(bucket.mode, bucket.pieces)
+                self._write_weights(bucket.mode, bucket.pieces, None, pieces)
+            elif bucket.mode == "split":
+                for piece in bucket.pieces:
+                    _check_shape(piece.name, self._params[piece.name], masters[piece.name])
+                pieces = [piece.of(masters[piece.name]) for piece in bucket.pieces]
+                self._write_weights(bucket.mode, bucket.pieces, torch.cat(pieces).float(), [])
+
+    @torch.no_grad()
+    def reload_masters_from_params(self) -> None:
+        """Make every master equal to its low-precision weight, for when weights were loaded without masters."""
+        for name, master in self._masters.items():
+            local_tensor(master).copy_(local_tensor(self._params[name]))
+        for remainder in self._remainders.values():
+            local_tensor(remainder).zero_()
+
+    def bytes_per_parameter(self) -> dict[str, float]:
+        """Measured bytes per local parameter, from storage sizes: weights, gradients, masters, moments."""
+        params: list[Tensor] = list(self._params.values())
+        gradients = [grad for param in params for grad in (param.grad, main_gradient_of(param))]
+        tensors: dict[str, list[Tensor]] = {
+            "weights": params,
+            "gradients": [grad for grad in gradients if grad is not None],
+            "masters": [*self._masters.values(), *self._remainders.values()],
+            "moments": [tensor for state in self._states.values() for tensor in state.values()],
+        }
+        count = max(1, sum(local_tensor(param).numel() for param in params))
+        return {what: _storage_bytes(items) / count for what, items in tensors.items()}
+
+    def state_bytes_per_parameter(self) -> float:
+        """Measured bytes per local parameter that the optimizer itself holds: masters (or remainders) and moments."""
+        measured = self.bytes_per_parameter()
+        return measured["masters"] + measured["moments"]
+
+
+def _storage_bytes(tensors: list[Tensor]) -> int:
+    storages = {s.data_ptr(): s.nbytes() for s in (local_tensor(t).untyped_storage() for t in tensors)}
+    return sum(storages.values())
+
+
+def _master_dtype(shard: Tensor) -> torch.dtype:
+    return torch.float64 if shard.dtype == torch.float64 else torch.float32
+
+
+def _mode_of(name: str, param: Tensor, master: MasterMode) -> MasterMode:
+    """How the master of `param` is kept; every complaint about a parameter is made here."""
+    if not local_tensor(param).is_contiguous():
+        raise ModelLinkError(f"optimizer: parameter {name!r} is not contiguous; call .contiguous() on it first.")
+    if param.dtype in (torch.float32, torch.float64):
+        return "none"
+    if param.dtype not in (torch.bfloat16, torch.float16):
+        raise ModelLinkError(
+            f"optimizer: parameter {name!r} has dtype {param.dtype}; use float32, bfloat16 or float16 weights."
+        )
+    if master == "none":
+        raise ModelLinkError(
+            f"optimizer: parameter {name!r} is {param.dtype} and needs a float32 master; "
+            "use master='separate' or 'split'."
+        )
+    if master == "split" and param.dtype != torch.bfloat16:
+        raise ModelLinkError(
+            f"optimizer: master='split' (--reuse-fp32-param) needs bfloat16 weights but parameter {name!r} is "
+            f"{param.dtype}; use --bf16 or drop --reuse-fp32-param."
+        )
+    return master
+
+
+def _check_names(what: str, own: Iterable[str], given: Iterable[str]) -> None:
+    missing, unknown = sorted(set(own) - set(given)), sorted(set(given) - set(own))
+    if missing or unknown:
+        raise ModelLinkError(
+            f"{what}: {len(missing)} entries are missing (first: {missing[:1]}) and {len(unknown)} unknown "
+            f"(first: {unknown[:1]}); load a checkpoint of the same model and optimizer."
+        )
+
+
+def _check_shape(name: str, target: Tensor, value: Tensor | int) -> None:
+    if not isinstance(value, Tensor) or local_tensor(value).shape != local_tensor(target).shape:
+        shape = tuple(local_tensor(value).shape) if isinstance(value, Tensor) else value
+        raise ModelLinkError(
+            f"optimizer state {name!r}: the local shard is {shape} but {tuple(local_tensor(target).shape)} is needed; "
+            "load it through the distributed checkpoint, which reshards."
+        )
+
+
+def _copy(name: str, target: Tensor, value: Tensor | int) -> None:
+    _check_shape(name, target, value)
+    assert isinstance(value, Tensor)
+    local_tensor(target).copy_(local_tensor(value))

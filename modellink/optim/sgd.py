@@ -1,0 +1,72 @@
+"""SGD with momentum (`--optimizer sgd`) through the same masters, sharding and state as AdamW.
+
+The update is torch's functional SGD; weight decay is the L2 term added to the gradient, as there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch import Tensor, nn
+from torch.optim.sgd import sgd
+
+from modellink.optim.mixed_precision import MasterMode, MixedPrecisionOptimizer, is_bias_or_vector
+
+
+class SGDRule:
+    """buffer = momentum * buffer + gradient; weight -= lr * buffer. A momentum of 0 keeps no buffer."""
+
+    def __init__(self, momentum: float) -> None:
+        self.momentum = momentum
+        self.state_names: tuple[str, ...] = ("momentum_buffer",) if momentum else ()
+
+    def __call__(
+        self,
+        weights: list[Tensor],
+        grads: list[Tensor],
+        states: list[list[Tensor]],
+        *,
+        step: int,
+        lr: float,
+        weight_decay: float,
+    ) -> None:
+        buffers: list[Tensor | None] = list(states[0]) if states else [None] * len(weights)
+        sgd(
+            weights,
+            grads,
+            buffers,
+            foreach=True,
+            weight_decay=weight_decay,
+            momentum=self.momentum,
+            lr=lr,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+        )
+
+
+class MixedPrecisionSGD(MixedPrecisionOptimizer):
+    """SGD over named parameters; see MixedPrecisionOptimizer for masters, groups, sharding, state and errors."""
+
+    def __init__(
+        self,
+        named_params: Iterable[tuple[str, nn.Parameter]],
+        *,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.01,
+        master: MasterMode = "separate",
+        no_decay: Callable[[str, Tensor], bool] = is_bias_or_vector,
+        decoupled: Callable[[str], bool] | None = None,
+        bucket_elements: int = 1 << 24,
+    ) -> None:
+        super().__init__(
+            named_params,
+            SGDRule(momentum),
+            lr=lr,
+            weight_decay=weight_decay,
+            master=master,
+            no_decay=no_decay,
+            decoupled=decoupled,
+            bucket_elements=bucket_elements,
+        )
