@@ -167,7 +167,8 @@ def write_shards(
 ) -> None:
     """Write this rank's share of `tensors` into `step`, synced to disk, and on rank 0 the index.
 
-    Collective over `group`. A tensor that several ranks hold is written once. A failure on any rank is raised on every rank as RunFailure.
+    Collective over `group`. A tensor that several ranks hold is written once. A failure on any rank is raised on every
+    rank as RunFailure.
     """
     with _failures(f"writing {step}", group):
         dcp.save(
@@ -191,6 +192,18 @@ def read_shards(step: Path, tensors: Mapping[str, torch.Tensor], group: dist.Pro
         )
 
 
+def _read_chunk(step: Path, place: Any) -> torch.Tensor:
+    with open(step / place.relative_path, "rb") as handle:
+        handle.seek(place.offset)
+        content = io.BytesIO(handle.read(place.length))
+    try:
+        return torch.load(content, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ModelLinkError(
+            f"the shard {place.relative_path} in {step} is refused: {str(error).splitlines()[0]}; use another step."
+        ) from error
+
+
 def iterate_tensors(step: Path, names: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, whole CPU tensor) one by one, in the index's order or that of `names`; needs no process group."""
     index = read_index(step)
@@ -201,10 +214,6 @@ def iterate_tensors(step: Path, names: Collection[str] | None = None) -> Iterato
             raise ModelLinkError(f"the checkpoint {step} holds no tensor {name!r}.")
         whole = torch.empty(entry.size, dtype=entry.properties.dtype)
         for chunk in entry.chunks:
-            place = storage[MetadataIndex(name, chunk.offsets)]
-            with open(step / place.relative_path, "rb") as handle:
-                handle.seek(place.offset)
-                stored = torch.load(io.BytesIO(handle.read(place.length)), map_location="cpu", weights_only=True)
             region = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
-            whole[region].copy_(stored)
+            whole[region].copy_(_read_chunk(step, storage[MetadataIndex(name, chunk.offsets)]))
         yield name, whole

@@ -400,7 +400,7 @@ class CheckpointStore:
         strict: bool = True,
         prefix: str | tuple[str, ...] = "",
     ) -> dict[str, Any]:
-        """Fill `tensors` (plain or DTensor, any layout) in place from `step`, or the newest complete one; return `extra`.
+        """Fill `tensors` (plain or DTensor, any layout) in place from `step` (None: the newest); return `extra`.
 
         Only names that start with `prefix` count, on both sides. With `strict` every name must be on both sides (a
         pipeline rank passes those it holds; the union counts); without it, what is on both sides is loaded. Floating
