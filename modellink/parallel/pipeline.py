@@ -76,8 +76,10 @@ class Pipeline:
         local = length // split if self.parallel.sequence_parallel else length
         hidden_dtype = torch.float32 if config.fp32_residual else self.dtype
         tokens = torch.empty(micro_batch, length, dtype=torch.long, device="meta")
-        hidden = torch.empty(micro_batch, local, config.hidden_size, dtype=hidden_dtype, device="meta")
-        logits = torch.empty(micro_batch, length, config.padded_vocab_size // split, dtype=self.dtype, device="meta")
+        # requires_grad says that a gradient travels back along this edge
+        edge = {"device": "meta", "requires_grad": True}
+        hidden = torch.empty(micro_batch, local, config.hidden_size, dtype=hidden_dtype, **edge)
+        logits = torch.empty(micro_batch, length, config.padded_vocab_size // split, dtype=self.dtype, **edge)
         return [
             PipelineStage(
                 chunk,

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from modellink.optim.local import local_tensor
+
 
 def chunk_bounds(length: int, parts: int, index: int) -> tuple[int, int]:
     """[start, end) of chunk `index` when `length` rows are cut like `torch.chunk`: ceil(length / parts) rows each, last ones fewer."""
@@ -44,11 +46,6 @@ def local_slice(full: Any, parameter: Tensor) -> Tensor:
     region = local_region(parameter)
     piece = full[tuple(slice(start, end) for start, end in region)]
     return piece if isinstance(piece, Tensor) else torch.as_tensor(piece)
-
-
-def local_tensor(tensor: Tensor) -> Tensor:
-    """The tensor itself, or the local shard of a DTensor; writing into it writes into `tensor`."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()

@@ -1,0 +1,228 @@
+"""One optimizer step, at any layout: forward and backward over micro-batches, reduction, clipping, update.
+
+The engine promises that loss, gradients and weights after a step are those of one process on the whole batch: losses are sums
+over tokens divided by the token count of the *global* batch before backward, and every reduction is a sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from modellink.config.schema import Config, OptimizerConfig
+from modellink.optim.adamw import MixedPrecisionAdamW
+from modellink.optim.grad_norm import (
+    clip_coefficient,
+    count_zeros,
+    finalize_partial_grads,
+    global_grad_norm,
+    global_params_norm,
+)
+from modellink.optim.local import gradient_of, like_parameter, local_tensor
+from modellink.optim.mixed_precision import MixedPrecisionOptimizer
+from modellink.optim.scaler import LossScaler
+from modellink.optim.sgd import MixedPrecisionSGD
+from modellink.parallel.apply import ParallelModel
+from modellink.train.losses import IGNORED, cross_entropy_sum
+
+Batch = dict[str, Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class StepResult:
+    """What one step did. Tensors stay on the device until somebody prints them."""
+
+    loss: Tensor  # fp32 scalar: mean over the global batch's tokens, equal on all ranks
+    grad_norm: Tensor  # fp32 scalar, before clipping
+    skipped: bool  # True when fp16 gradients overflowed and nothing was updated
+    zeros: Tensor | None = None
+
+
+class Float32Accumulation:
+    """Adds each micro-batch's half-precision gradient to `param.main_grad` in fp32 as soon as autograd has it."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self._add)
+
+    @staticmethod
+    def _add(parameter: nn.Parameter) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        main = getattr(parameter, "main_grad", None)
+        if main is not None:
+            local_tensor(main).add_(local_tensor(gradient))
+            return
+        # a partial sum stays partial: only the local values change dtype
+        parameter.main_grad = like_parameter(gradient, local_tensor(gradient).float())  # type: ignore[attr-defined]
+
+
+def build_optimizer(model: ParallelModel, config: OptimizerConfig) -> MixedPrecisionOptimizer:
+    """The optimizer over everything this rank holds, with masters as `config` asks for them."""
+    decoupled = None
+    if config.decoupled_lr is not None:
+        decoupled = lambda name: name.startswith(("embed_tokens.", "lm_head."))  # noqa: E731
+    common = {
+        "lr": config.lr or 0.0,
+        "weight_decay": config.weight_decay,
+        "master": "split" if config.split_master else "separate",
+        "decoupled": decoupled,
+    }
+    named = model.named_parameters()
+    if config.optimizer == "sgd":
+        return MixedPrecisionSGD(named, momentum=config.sgd_momentum, **common)
+    betas = (config.adam_beta1, config.adam_beta2)
+    return MixedPrecisionAdamW(named, betas=betas, eps=config.adam_eps, **common)
+
+
+def build_scaler(config: OptimizerConfig) -> LossScaler | None:
+    """The fp16 loss scaler; None in other precisions."""
+    if not config.fp16:
+        return None
+    return LossScaler(
+        constant=config.loss_scale,
+        initial=config.initial_loss_scale,
+        minimum=config.min_loss_scale,
+        window=config.loss_scale_window,
+        hysteresis=config.hysteresis,
+    )
+
+
+class Engine:
+    """Holds a laid-out model, its optimizer and the loss scaler; runs steps and evaluations."""
+
+    def __init__(self, model: ParallelModel, config: Config, loss: Loss | None = None) -> None:
+        self.model, self.config, self.topology = model, config, model.topology
+        self.device = next(model.chunks[0].parameters()).device
+        self.optimizer = build_optimizer(model, config.optimizer)
+        self.scaler = build_scaler(config.optimizer)
+        vocabulary_group = self.topology.group("tp")
+        self.loss = loss or (lambda logits, labels: cross_entropy_sum(logits, labels, vocabulary_group))
+        self._fsdp = model.fsdp_modules()
+        # FSDP accumulates in its reduce dtype by itself; fp32 parameters need nothing
+        if not self._fsdp and config.optimizer.dtype != "float32":
+            Float32Accumulation([p for _, p in model.named_parameters() if p.requires_grad])
+        tied_elsewhere = model.tied_copy is not None and not model.specs[0].first
+        self._counted_elsewhere = ("embed_tokens.weight",) if tied_elsewhere else ()
+
+    def _token_count(self, labels_BS: Tensor) -> Tensor:
+        """fp32 scalar: tokens with a label in the global batch, at least 1."""
+        count = (labels_BS != IGNORED).sum().float()
+        return self.topology.sum_over_data(count).clamp_(min=1.0)
+
+    def forward_backward(self, batch: Batch, micro_batch_size: int) -> Tensor:
+        """Accumulate gradients of this rank's rows of the global batch; returns the global mean loss (equal on all ranks).
+
+        batch: tokens, labels (and position_ids) int [rows, S] on the device, rows a multiple of `micro_batch_size`.
+        """
+        tokens, labels = batch["tokens"], batch["labels"]
+        divisor = self._token_count(labels)
+        scale = self.scaler.scale if self.scaler is not None else 1.0
+
+        def loss_fn(logits: Tensor, target: Tensor) -> Tensor:
+            return self.loss(logits, target) * (scale / divisor)
+
+        if self.model.pipeline is not None:
+            total = self.model.pipeline.run(
+                tokens, labels, loss_fn, micro_batch_size, training=True, position_ids=batch.get("position_ids")
+            )
+        else:
+            total = self._accumulate(batch, micro_batch_size, loss_fn)
+        return self._global_loss(total) / scale
+
+    def _accumulate(self, batch: Batch, micro_batch_size: int, loss_fn: Loss) -> Tensor:
+        model = self.model.chunks[0]
+        rows = batch["tokens"].shape[0]
+        reduce_each = self.topology.zero_stage >= 2
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
+        for start in range(0, rows, micro_batch_size):
+            part = {key: value[start : start + micro_batch_size] for key, value in batch.items()}
+            last = start + micro_batch_size >= rows
+            if self._fsdp:
+                model.set_is_last_backward(last)  # type: ignore[operator]
+                model.set_requires_gradient_sync(last or reduce_each)  # type: ignore[operator]
+            loss = loss_fn(model(part["tokens"], part.get("position_ids")), part["labels"])
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def _global_loss(self, total: Tensor) -> Tensor:
+        """Sum the last stage's share of every data rank; other stages contribute zero."""
+        return self.topology.reduce(self.topology.sum_over_data(total.float()), "pp")
+
+    def reduce_gradients(self) -> None:
+        """Finish what the layouts left open: sums over the tensor group, and the tied embedding of first and last stage."""
+        finalize_partial_grads([p for _, p in self.model.named_parameters()])
+        if self.topology.size("pp") > 1 and self.model.chunks[0].config.tie_word_embeddings:
+            self._reduce_tied()
+
+    def _reduce_tied(self) -> None:
+        """First and last stage exchange their gradients of the one matrix; a + b and b + a are the same bits."""
+        copy = self.model.tied_copy
+        if copy is None:
+            return
+        group = self.topology.group("pp")
+        gradient = local_tensor(gradient_of(copy))
+        peer = dist.get_global_rank(group, self.topology.size("pp") - 1 - self.topology.coordinate("pp"))
+        received = torch.empty_like(gradient)
+        sends = dist.batch_isend_irecv(
+            [dist.P2POp(dist.isend, gradient.contiguous(), peer, group), dist.P2POp(dist.irecv, received, peer, group)]
+        )
+        for work in sends:
+            work.wait()
+        gradient.add_(received)
+
+    @torch.no_grad()
+    def update(self) -> tuple[Tensor, bool, Tensor | None]:
+        """Clip and apply the accumulated gradients; returns (gradient norm, skipped, zeros)."""
+        named = self.model.named_parameters()
+        pipeline = self.topology.group("pp")
+        inverse = self.scaler.inverse if self.scaler is not None else 1.0
+        norm = global_grad_norm(named, pipeline_group=pipeline, skip_names=self._counted_elsewhere) * inverse
+        zeros = None
+        if self.config.train.log_num_zeros_in_grad:
+            zeros = count_zeros(named, pipeline_group=pipeline, skip_names=self._counted_elsewhere)
+        skipped = False
+        if self.scaler is not None:
+            skipped = not bool(norm.isfinite())  # inf or NaN anywhere makes the norm so
+            self.scaler.update(skipped)
+        if not skipped:
+            clip = self.config.optimizer.clip_grad
+            self.optimizer.step(clip_coefficient(norm, clip) * inverse if clip > 0 else inverse)
+        self.optimizer.zero_grad()
+        return norm, skipped, zeros
+
+    def step(self, batch: Batch, micro_batch_size: int) -> StepResult:
+        """One whole optimizer step on this rank's rows of the global batch."""
+        loss = self.forward_backward(batch, micro_batch_size)
+        self.reduce_gradients()
+        norm, skipped, zeros = self.update()
+        return StepResult(loss, norm, skipped, zeros)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, micro_batch_size: int) -> tuple[Tensor, Tensor]:
+        """(summed loss, token count) of one global batch, fp32 scalars equal on all ranks."""
+        tokens, labels, positions = batch["tokens"], batch["labels"], batch.get("position_ids")
+        if self.model.pipeline is not None:
+            total = self.model.pipeline.run(
+                tokens, labels, self.loss, micro_batch_size, training=False, position_ids=positions
+            )
+        else:
+            total = torch.zeros((), dtype=torch.float32, device=self.device)
+            for start in range(0, tokens.shape[0], micro_batch_size):
+                part = slice(start, start + micro_batch_size)
+                logits = self.model.chunks[0](tokens[part], positions[part] if positions is not None else None)
+                total += self.loss(logits, labels[part])
+        return self._global_loss(total), self._token_count(labels)
+
+    def params_norm(self) -> Tensor:
+        """L2 norm of all parameters, fp32 scalar equal on all ranks."""
+        return global_params_norm(
+            self.model.named_parameters(),
+            pipeline_group=self.topology.group("pp"),
+            skip_names=self._counted_elsewhere,
+        )

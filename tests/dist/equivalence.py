@@ -1,0 +1,128 @@
+"""Train a tiny model a few steps at some layout and bring home losses, gradients and weights under their canonical names."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from modellink.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig
+from modellink.optim.local import gradient_of
+from modellink.parallel.apply import build_model
+from modellink.parallel.topology import Topology
+from modellink.train.engine import Engine
+from modellink.train.losses import IGNORED
+
+SEQUENCE, ROWS, STEPS = 16, 8, 3
+
+LLAMA: dict[str, Any] = {
+    "num_layers": 4, "hidden_size": 32, "num_attention_heads": 8, "num_key_value_heads": 4, "ffn_hidden_size": 48,
+    "padded_vocab_size": 64, "max_position_embeddings": 32, "normalization": "RMSNorm", "activation": "silu",
+    "gated_mlp": True, "qkv_bias": False, "attention_output_bias": False, "mlp_bias": False,
+    "tie_word_embeddings": False, "position_embedding": "rope", "attention_dropout": 0.0, "hidden_dropout": 0.0,
+    "init_std": 0.1,
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": LLAMA,
+    "tied": LLAMA | {"tie_word_embeddings": True, "qk_norm": True, "qkv_bias": True},
+    "gpt": LLAMA
+    | {
+        "normalization": "LayerNorm", "activation": "gelu", "gated_mlp": False, "qkv_bias": True,
+        "attention_output_bias": True, "mlp_bias": True, "position_embedding": "learned_absolute",
+        "tie_word_embeddings": True,
+    },
+    "bloom": LLAMA
+    | {
+        "normalization": "LayerNorm", "activation": "gelu_tanh", "gated_mlp": False, "qkv_bias": True, "mlp_bias": True,
+        "attention_output_bias": True, "position_embedding": "alibi", "embedding_norm": True,
+    },
+    "gemma2": LLAMA
+    | {
+        "norm_offset": True, "norm_weight_in_fp32": True, "sandwich_norm": True, "activation": "gelu_tanh",
+        "tie_word_embeddings": True, "embedding_times_sqrt_hidden": True, "attention_logit_softcap": 20.0,
+        "output_logit_softcap": 10.0, "sliding_window": 6, "window_layers": "even", "query_scale": 8.0,
+    },
+}  # fmt: skip
+
+
+def batches(seed: int = 0) -> list[dict[str, Tensor]]:
+    """The same global batches for every layout; some labels are masked, unevenly over rows."""
+    generator = torch.Generator().manual_seed(seed)
+    out = []
+    for _ in range(STEPS):
+        text = torch.randint(0, 64, (ROWS, SEQUENCE + 1), generator=generator)
+        labels = text[:, 1:].clone()
+        for row in range(ROWS):
+            labels[row, : row % 5] = IGNORED
+        out.append({"tokens": text[:, :-1].contiguous(), "labels": labels})
+    return out
+
+
+def rows_of(batch: dict[str, Tensor], micro_batch: int, dp: int, rank: int) -> dict[str, Tensor]:
+    """Rows of data rank `rank`: its slice of each block of micro_batch x dp rows."""
+    picked = [r for r in range(ROWS) if (r // micro_batch) % dp == rank]
+    return {key: value[picked] for key, value in batch.items()}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().float().clone()
+
+
+def train(model: str, parallel: dict[str, Any], micro_batch: int = 1, **optimizer: Any) -> dict[str, Any]:
+    """Losses, gradient norms, gradients of each step and final weights (only the names this rank's stage holds)."""
+    config = Config(
+        model=ModelConfig(**MODELS[model]).resolve(),
+        parallel=ParallelConfig(**parallel),
+        optimizer=dataclasses.replace(OptimizerConfig(lr=1e-3, weight_decay=0.1, clip_grad=0.5), **optimizer),
+    )
+    topology = Topology(config.parallel)
+    dtype = getattr(torch, config.optimizer.dtype)
+    built = build_model(config.model, config.parallel, topology, torch.device("cpu"), dtype, seed=7)
+    engine = Engine(built, config)
+    result: dict[str, Any] = {"losses": [], "norms": [], "gradients": []}
+    for batch in batches():
+        mine = rows_of(batch, micro_batch, topology.dp, topology.dp_rank)
+        result["losses"].append(engine.forward_backward(mine, micro_batch).item())
+        engine.reduce_gradients()
+        result["gradients"].append({name: whole(gradient_of(p)) for name, p in built.named_parameters()})
+        norm, _, _ = engine.update()
+        result["norms"].append(norm.item())
+    loss, count = engine.evaluate(mine, micro_batch)
+    result["evaluation"] = (loss / count).item()
+    result["weights"] = {name: whole(p) for name, p in built.named_parameters()}
+    return result
+
+
+def relative_error(ours: Tensor, reference: Tensor) -> float:
+    """Largest difference relative to the largest value of the reference tensor."""
+    return ((ours - reference).abs().max() / reference.abs().max().clamp(min=1e-6)).item()
+
+
+def run_cases(rank: int, world_size: int, cases: list[tuple[str, dict[str, Any], int]]) -> list[dict[str, Any]]:
+    """Every case in turn on this world; what each rank saw, as plain data and tensors."""
+    return [train(model, parallel, micro_batch) for model, parallel, micro_batch in cases]
+
+
+def compare(per_rank: list[dict[str, Any]], reference: dict[str, Any]) -> dict[str, float]:
+    """Largest relative error of loss, gradient norm, any gradient of any step, any final weight, over all ranks."""
+    errors = {"loss": 0.0, "norm": 0.0, "gradient": 0.0, "weight": 0.0, "evaluation": 0.0}
+    seen = set()
+    for result in per_rank:
+        for ours, theirs in zip(result["losses"], reference["losses"], strict=True):
+            errors["loss"] = max(errors["loss"], abs(ours - theirs) / abs(theirs))
+        for ours, theirs in zip(result["norms"], reference["norms"], strict=True):
+            errors["norm"] = max(errors["norm"], abs(ours - theirs) / abs(theirs))
+        for ours, theirs in zip(result["gradients"], reference["gradients"], strict=True):
+            for name, value in ours.items():
+                errors["gradient"] = max(errors["gradient"], relative_error(value, theirs[name]))
+        for name, value in result["weights"].items():
+            seen.add(name)
+            errors["weight"] = max(errors["weight"], relative_error(value, reference["weights"][name]))
+        errors["evaluation"] = max(
+            errors["evaluation"], abs(result["evaluation"] - reference["evaluation"]) / reference["evaluation"]
+        )
+    assert seen == set(reference["weights"]), "a parameter is on no rank"
+    return errors
