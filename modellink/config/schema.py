@@ -49,7 +49,9 @@ class ModelConfig:
     embedding_norm: bool = option(False, help="norm after the embedding (Bloom)")
 
     activation: str = option(
-        "gelu", choices=("gelu", "gelu_tanh", "silu", "relu", "squared_relu"), help="non-linearity of the MLP"
+        "gelu_tanh",
+        choices=("gelu", "gelu_tanh", "silu", "relu", "squared_relu"),
+        help="non-linearity of the MLP; Megatron's fused default is the tanh form, --no-bias-gelu-fusion the exact one",
     )
     gated_mlp: bool = option(False, help="down(act(gate(x)) * up(x)) instead of down(act(up(x)))")
 
@@ -290,7 +292,7 @@ class CheckpointConfig:
     save: str | None = option(None, help="folder of checkpoints, metrics and plots")
     save_interval: int | None = option(None, help="iterations between checkpoints")
     load: str | None = option(None, help="checkpoint or Hugging Face folder to start from")
-    pretrained_checkpoint: str | None = option(None, help="weights to start from when --load has none")
+    pretrained_checkpoint: str | None = option(None, help="folder of weights to start from when --load holds no checkpoint")
     ckpt_step: int | None = option(None, help="load this iteration instead of the newest complete one")
     finetune: bool = option(False, help="take only the weights: iteration 0, fresh optimizer")
     save_optimizer: bool = option(True, help="save optimizer states")
@@ -317,7 +319,41 @@ class GenerateConfig:
     add_eos_token: list[str] | None = option(None, help="further tokens that end an answer")
     use_kv_cache: bool = option(True, help="keep keys and values of earlier tokens")
     hf_chat_template: bool = option(False, help="format prompts with the tokenizer's own chat template")
+    num_beams: int = option(1, help="beams of a beam search; 1: no search")
+    length_penalty: float = option(1.0, help="beam search: scores are divided by length to this power")
+    stream: bool = option(False, help="show the answer while it is generated")
     history_turns: int = option(3, help="earlier exchanges a chat keeps")
+    task: list[str] | None = option(
+        None,
+        help="demonstrations to run: greedy, do_sample, beam_search, beam_search_with_sampling, return_output_log_probs, chat",
+        programs=("generate", "chat"),
+    )
+    prompt: list[str] | None = option(None, help="prompts to answer", programs=("generate", "chat"))
+    input: str | None = option(None, help="file of prompts: .txt with one a line, or .jsonl with the key prompt", programs=("generate",))
+    output: str | None = option(None, help="file the answers are written to, as .jsonl; default: the terminal", programs=("generate",))
+
+
+@dataclass
+class EvaluateConfig:
+    """Benchmarks."""
+
+    task: list[str] | None = option(None, help="benchmarks to run")
+    task_data_path: list[str] | None = option(None, help="folders or files of the benchmarks, each path containing its name")
+    evaluation_batch_size: int = option(1, help="questions answered at once")
+    max_eval_samples: int | None = option(None, help="questions per subject at most; default: all")
+    eval_language: str = option("en", choices=("en", "zh"), help="language of the instructions around a question")
+    instruction_template: str = option("", help="text around a code question; {prompt} stands for the question")
+    chat_template: bool = option(True, help="wrap questions in the tokenizer's chat template when it has one")
+    save_dir: str = option("results", help="folder of results.json and samples.jsonl")
+
+
+@dataclass
+class SourceConfig:
+    """Where a configuration comes from besides the flags. These options steer its reading and are no part of it."""
+
+    config: str | None = option(None, help="YAML file of options; keys are flag names with dashes or underscores; flags win")
+    model: str | None = option(None, help="architecture preset, for example llama2-7b (see `modellink models`)")
+    print_config: bool = option(False, help="print the resolved configuration with the origin of each value and exit")
 
 
 @dataclass
@@ -332,3 +368,4 @@ class Config:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

@@ -1,0 +1,413 @@
+"""The flag table as data: Megatron's spellings of our fields, flags that set fields, flags without effect, flags refused.
+
+`flags.py` reads it; nothing else does. Every dataclass field has a flag of its own name without a row here. A name may carry the
+kind of its value: "--scale-emb:float" (no kind: a switch; "any": whatever follows is ignored). `!--x` is a spelling that says no.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+VALUE = object()  # stands for the value given with the flag
+SILENT = "read by the launcher"  # accepted without a warning
+NOT_BUILT = "not built yet"
+
+PROGRAMS = {
+    "train": "Train a decoder: pre-training or supervised fine-tuning.",
+    "generate": "Generate text: demonstrations, prompts from the command line or from a file.",
+    "chat": "Chat with a model in the terminal.",
+    "evaluate": "Score a model on benchmarks.",
+    "preprocess": "Turn raw data into .bin/.idx files, or merge such files.",
+    "convert": "Convert weights between formats.",
+}
+
+# Field -> further spellings of its flag. The first is the one that messages use.
+SPELLINGS: dict[str, str] = {
+    "model.num_key_value_heads": "--num-key-value-heads --kv-head-num",
+    "model.head_dim": "--kv-channels",
+    "model.padded_vocab_size": "--padded-vocab-size --pad-vocab-size-to",
+    "model.vocab_multiple": "--make-vocab-size-divisible-by",
+    "model.norm_offset": "--add-rmsnorm-offset",
+    "model.sandwich_norm": "--post-norm",
+    "model.qk_norm": "--qk-layernorm",
+    "model.embedding_norm": "--embed-layernorm",
+    "model.qkv_bias": "--add-qkv-bias",
+    "model.attention_output_bias": "--add-dense-bias",
+    "model.tie_word_embeddings": "!--untie-embeddings-and-output-weights",
+    "model.position_embedding": "--position-embedding-type",
+    "model.rope_theta": "--rotary-base",
+    "model.rope_fraction": "--rotary-percent",
+    "model.rope_interleaved": "--rotary-interleaved",
+    "model.rope_scaling": "--rope-scaling-type",
+    "model.rope_scaling_factor": "--rope-scaling-factor",
+    "model.rope_low_freq_factor": "--low-freq-factor",
+    "model.rope_high_freq_factor": "--high-freq-factor",
+    "model.rope_original_max_position": "--original-max-position-embeddings --rope-scaling-original-max-position-embeddings",
+    "model.rope_beta_fast": "--rope-scaling-beta-fast",
+    "model.rope_beta_slow": "--rope-scaling-beta-slow",
+    "model.rope_mscale": "--rope-scaling-mscale",
+    "model.rope_mscale_all_dim": "--rope-scaling-mscale-all-dim",
+    "model.query_scale": "--query-pre-attn-scalar",
+    "model.attention_logit_softcap": "--attn-logit-softcapping",
+    "model.output_logit_softcap": "--output-logit-softcapping",
+    "model.query_key_layer_scaling": "--apply-query-key-layer-scaling",
+    "model.embedding_multiplier": "--scale-emb --embedding-multiplier-scale",
+    "model.embedding_times_sqrt_hidden": "--input-embeds-norm",
+    "model.logits_multiplier": "--output-multiplier-scale",
+    "model.fp32_residual": "--fp32-residual-connection",
+    "model.init_std": "--init-method-std",
+    "parallel.tensor_parallel": "--tensor-model-parallel-size",
+    "parallel.pipeline_parallel": "--pipeline-model-parallel-size",
+    "parallel.context_parallel": "--context-parallel-size",
+    "parallel.expert_parallel": "--expert-model-parallel-size",
+    "parallel.layers_per_virtual_stage": "--num-layers-per-virtual-pipeline-stage",
+    "parallel.layers_per_stage": "--num-layer-list --manual-layers",
+    "parallel.distributed_optimizer": "--use-distributed-optimizer",
+    "parallel.recompute_num_layers": "--recompute-num-layers --checkpoint-num-layers",
+    "optimizer.override_schedule": "--override-opt_param-scheduler",
+    "optimizer.use_checkpoint_schedule": "--use-checkpoint-opt_param-scheduler",
+    "optimizer.split_master": "--reuse-fp32-param",
+    "optimizer.fp32_grad_accumulation": "--accumulate-allreduce-grads-in-fp32",
+    "train.check_for_nan": "!--no-check-for-nan-in-loss-and-grad",
+    "train.deterministic": "--use-deter-comp --deterministic-mode",
+    "data.seq_length": "--seq-length --encoder-seq-length",
+    "data.full_shuffle": "--full-shuffle-instruction-dataset",
+    "tokenizer.tokenizer_fast": "!--tokenizer-not-use-fast",
+    "checkpoint.pretrained_checkpoint": "--pretrained-checkpoint --hf-path",
+    "checkpoint.save_optimizer": "!--no-save-optim",
+    "checkpoint.load_optimizer": "!--no-load-optim",
+    "preprocess.tokenizer_fast": "!--tokenizer-not-use-fast",
+    "preprocess.use_fast": "!--tokenizer-not-use-fast",
+    "convert.tensor_parallel": "--target-tensor-parallel-size",
+    "convert.pipeline_parallel": "--target-pipeline-parallel-size",
+    "convert.expert_parallel": "--target-expert-parallel-size",
+    "convert.layers_per_stage": "--num-layer-list",
+    "convert.layers_per_virtual_stage": "--num-layers-per-virtual-pipeline-stage",
+    "convert.vocab_multiple": "--make-vocab-size-divisible-by",
+    "convert.qkv_bias": "--add-qkv-bias",
+    "convert.attention_output_bias": "--add-dense-bias",
+    "convert.embedding_norm": "--embed-layernorm",
+    "convert.sandwich_norm": "--post-norm",
+}
+
+# Field -> another spelling of a value -> ours.
+VALUE_ALIASES: dict[str, dict[str, str]] = {"optimizer.optimizer": {"fused_adam": "adam", "adamw": "adam"}}
+
+# Field -> value -> why it is refused.
+REFUSED_VALUES: dict[str, dict[Any, str]] = {
+    "train.stage": {
+        "dpo": f"preference training is {NOT_BUILT}; use pretrain or sft",
+        "rm": f"reward-model training is {NOT_BUILT}; use pretrain or sft",
+    },
+    "optimizer.optimizer": {"cadam": f"this optimizer is {NOT_BUILT}; use adam or sgd"},
+    "checkpoint.save_format": {
+        "mcore": f"writing Megatron-Core checkpoints is {NOT_BUILT}; use native or hf",
+        "legacy": f"writing Megatron-Legacy checkpoints is {NOT_BUILT}; use native or hf",
+    },
+}
+
+
+def _hidden_over(value: float, look: Callable[[str], Any]) -> float:
+    hidden = look("model.hidden_size")
+    return 1.0 if hidden is None else hidden / value
+
+
+def _over_sqrt_layers(value: float, look: Callable[[str], Any]) -> float:
+    layers = look("model.num_layers")
+    return 1.0 if layers is None else value / layers**0.5
+
+
+# (flag, fields it sets, help, options). Options: late=True wins over native flags; needs=FLAG has no effect without it.
+ALIASES: dict[str, list[tuple[Any, ...]]] = {
+    "run": [
+        ("--group-query-attention", {"model.num_key_value_heads": 1}, "grouped heads; sizes from --num-query-groups, default 1"),
+        (
+            "--num-query-groups:int",
+            {"model.num_key_value_heads": VALUE},
+            "key/value heads, with --group-query-attention",
+            {"needs": "--group-query-attention"},
+        ),
+        ("--use-rotary-position-embeddings", {"model.position_embedding": "rope"}, "--position-embedding-type rope"),
+        (
+            "--rotary-seq-len-interpolation-factor:float",
+            {"model.rope_scaling": "linear", "model.rope_scaling_factor": VALUE},
+            "linear interpolation of positions by this factor",
+        ),
+        (
+            "--use-glm-rope",
+            {"model.position_embedding": "rope", "model.rope_fraction": 0.5, "model.rope_interleaved": True},
+            "rotate neighbouring pairs in the first half of each head (ChatGLM)",
+            {"late": True},
+        ),
+        (
+            "--disable-bias-linear",
+            {"model.qkv_bias": False, "model.attention_output_bias": False, "model.mlp_bias": False},
+            "no bias in any linear layer; --add-qkv-bias and --add-dense-bias bring theirs back",
+        ),
+        ("--no-bias-gelu-fusion", {"model.activation": "gelu"}, "exact (erf) gelu instead of the tanh form"),
+        ("--gelu-tanh", {"model.activation": "gelu_tanh"}, "tanh gelu"),
+        ("--openai-gelu", {"model.activation": "gelu_tanh"}, "tanh gelu"),
+        ("--squared-relu", {"model.activation": "squared_relu"}, "squared relu"),
+        ("--swiglu", {"model.gated_mlp": True, "model.activation": "silu"}, "gated silu MLP"),
+        (
+            "--geglu",
+            {
+                "model.gated_mlp": True,
+                "model.activation": lambda value, look: "gelu_tanh" if look("flag --gelu-tanh") else "gelu",
+            },
+            "gated gelu MLP: exact (erf), or tanh with --gelu-tanh",
+        ),
+        ("--apply-layernorm-1p", {"model.norm_offset": True}, "LayerNorm weights are stored minus one"),
+        ("--dim-model-base:float", {"model.hidden_divisor": _hidden_over}, "divide the last hidden state by hidden size / this"),
+        ("--scale-depth:float", {"model.residual_multiplier": _over_sqrt_layers}, "multiply branches by this / sqrt(layers)"),
+        (
+            "--interleave-sliding-window:int",
+            {"model.sliding_window": VALUE, "model.window_layers": "even"},
+            "sliding window on layers 0, 2, 4, ...",
+        ),
+        ("--recompute-activations", {"parallel.recompute_granularity": "selective"}, "--recompute-granularity selective"),
+        (
+            "--checkpoint-activations",
+            {"parallel.recompute_granularity": "full", "parallel.recompute_method": "uniform", "parallel.recompute_num_layers": 1},
+            "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        ),
+        ("--is-instruction-dataset", {"train.stage": "sft", "data.instruction_data": True}, "--stage sft: the data are instructions"),
+    ],
+}
+
+_FUSED = "fused kernels are chosen by the device and give the same numbers"
+_FP32 = "this part is always computed in fp32"
+_COMM = "communication is scheduled by the engine"
+_ONE_DECODER = "there is one decoder for all models"
+_GELU = "not an option of a decoder language model"
+_MOE, _MLA = "it only shapes --num-experts, which is not built yet", "it only shapes --multi-head-latent-attention, not built yet"
+_CP, _LORA = "it only tunes --context-parallel-size, not built yet", "it only shapes --lora-target-modules, not built yet"
+_DPO = "it only tunes --stage dpo, which is not built yet"
+_PROFILE = "it only shapes --profile, which is not built yet"
+
+# Program group -> (why there is no effect, flags).
+ACCEPTED: dict[str, list[tuple[str, str]]] = {
+    "run": [
+        (SILENT, "--local-rank:int --local_rank:int"),
+        (
+            _FUSED,
+            "--use-flash-attn --use-fused-rmsnorm --use-fused-swiglu --use-fused-rotary-pos-emb --no-masked-softmax-fusion "
+            "--no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion --no-persist-layer-norm "
+            "--no-gradient-accumulation-fusion --shape-order:str --sparse-mode:int --pre-tockens:int --next-tockens:int "
+            "--jit-compile --triangle-attn --triangle-block-size:int --mlp-layer-fusion --use-mc2 --skip-bias-add "
+            "--apply-rope-fusion --cross-entropy-loss-fusion",
+        ),
+        (
+            _FP32,
+            "--attention-softmax-in-fp32 --no-attention-softmax-in-fp32 --input-layernorm-in-fp32 --fp16-lm-cross-entropy",
+
+        ),
+        (_ONE_DECODER, "--use-mcore-models --use-legacy-models --transformer-impl:str --no-post-layer-norm --onnx-safe"),
+        (
+            _COMM,
+            "--no-delay-grad-reduce --delay-grad-reduce --delay-param-gather --no-overlap-p2p-communication "
+            "--no-async-tensor-model-parallel-allreduce --tp-comm-overlap --tp-comm-overlap-cfg:str "
+            "--disable-tp-comm-overlap-ag --disable-tp-comm-overlap-rs --tp-comm-overlap-rs-dgrad --disable-tp-comm-bulk-dgrad "
+            "--disable-tp-comm-bulk-wgrad --disable-tp-comm-split-ag --disable-tp-comm-split-rs "
+            "--no-scatter-gather-tensors-in-pipeline --use-ring-exchange-p2p --nccl-communicator-config-path:str "
+            "--zero-allgather-bucket-size:any --zero-reduce-bucket-size:any --ddp-bucket-size:any --no-clone-scatter-output-in-embedding",
+        ),
+        (
+            "memory is managed by PyTorch's allocator",
+            "--empty-unused-memory-level:int --no-contiguous-buffers-in-local-ddp --use-cpu-initialization "
+            "--standalone-embedding-stage",
+        ),
+        ("weights are initialised the same way on every layout", "--no-initialization --data-parallel-random-init"),
+        (
+            "causal masks are built inside attention",
+            "--square-alibi-mask --fill-neg-inf --no-create-attention-mask-in-dataloader --masked-softmax-fusion",
+        ),
+        ("rotary and ALiBi positions have no table (--position-embedding-type none drops positions)", "--no-position-embedding"),
+        ("data files are memory-mapped, and index caches are written once", "--no-mmap-bin-files --no-shared-storage --no-data-sharding"),
+        (
+            "checkpoints are distributed and describe themselves",
+            "--use-dist-ckpt --dist-ckpt-format:str --auto-detect-ckpt-format --load-checkpoint-loosely --ckpt-fully-parallel-save "
+            "--use-mp-args-from-checkpoint-args --no-use-tokenizer-model-from-checkpoint-args",
+        ),
+        ("the collector is never run during evaluation", "--no-manual-gc-eval"),
+        (
+            "the log has its own timers and writes every figure",
+            "--timing-log-level:int --timing-log-option:str --no-barrier-with-level-1-timing --log-timers-to-tensorboard "
+            "--log-batch-size-to-tensorboard --no-log-learnig-rate-to-tensorboard --no-log-learning-rate-to-tensorboard "
+            "--no-log-loss-scale-to-tensorboard --log-validation-ppl-to-tensorboard --log-memory-to-tensorboard "
+            "--log-world-size-to-tensorboard --tensorboard-queue-size:int --log-progress --log-straggler --test-mode "
+            "--enable-one-logger --one-logger-project:str --one-logger-entity:str --one-logger-run-name:str "
+            "--enable-one-logger-async --adlr-autoresume --adlr-autoresume-interval:int",
+        ),
+        (
+            _MOE,
+            "--moe-router-topk:int --moe-router-load-balancing-type:str --moe-aux-loss-coeff:float --moe-z-loss-coeff:float "
+            "--moe-input-jitter-eps:float --input-jitter --moe-token-dispatcher-type:str --moe-grouped-gemm "
+            "--moe-expert-capacity-factor:float --moe-pad-expert-input-to-capacity --moe-token-drop-policy:str "
+            "--moe-permutation-async-comm --moe-intermediate-size:int --n-shared-experts:int --shared-expert-gate "
+            "--shared-expert-gate-output-dimension:int --first-k-dense-replace:int --moe-layer-freq:int --topk-group:int "
+            "--routed-scaling-factor:float --norm-topk-prob --seq-aux --moe-device-level-aux-loss-coeff:float "
+            "--moe-comm-aux-loss-coeff:float --expert-interval:int --moe-train-capacity-factor:float --noisy-gate-policy:str "
+            "--enable-token-rearrange-opt --moe-token-dropping --moe-per-layer-logging",
+        ),
+        (
+            _MLA,
+            "--q-lora-rank:int --kv-lora-rank:int --v-head-dim:int --qk-rope-head-dim:int --qk-nope-head-dim:int",
+        ),
+        (
+            _CP,
+            "--context-parallel-algo:str --ulysses-degree-in-cp:int --cp-attention-mask-type:str --use-cp-send-recv-overlap "
+            "--kv-head-repeat-before-uly-alltoall --use-fused-ring-attention-update",
+        ),
+        (
+            _LORA,
+            "--lora-r:int --lora-alpha:int --lora-register-forward-hook:strs --lora-fusion --lora-modules-to-save:strs",
+        ),
+        (
+            _DPO,
+            "--dpo-beta:float --dpo-loss-type:str --dpo-label-smoothing:float --pref-ftx:float --ref-model:str --dpo-ftx:any",
+        ),
+        (
+            _PROFILE,
+            "--profile-step-start:int --profile-step-end:int --profile-ranks:ints --profile-level:str --profile-with-cpu "
+            "--profile-with-stack --profile-with-memory --profile-record-shapes --profile-save-path:str",
+        ),
+        ("it only tunes --swap-attention, which is not built yet", "--swap-modules:str"),
+        (
+            "it only tunes --recompute-activation-function, which is not built yet",
+            "--recompute-activation-function-num-layers:int",
+        ),
+        ("it only tunes --enable-high-availability, which is not built yet", "--enable-optimizer-state-local-copy"),
+        ("it only tunes --optimized-pipeline, which is not built yet", "--manual-mbs:str"),
+        ("it only tunes --auto-recompute-device-size, which is not built yet", "--auto-recompute-profiling-step:int"),
+        ("the old programs never read it; use --recompute-granularity", "--checkpoint-policy:str --checkpoint_block_layer:int"),
+        ("--num-layer-list alone decides", "--use-manual-layer-allocation"),
+        ("ZeRO is built in: --zero-stage and --use-distributed-optimizer decide", "--deepspeed"),
+        ("--pipeline-model-parallel-size decides", "--no-pipeline-parallel"),
+        (
+            "it only tunes --fp8-format, which is not built yet",
+            "--fp8-margin:int --fp8-interval:int --no-fp8-wgrad --fp8-amax-history-len:int --fp8-amax-compute-algo:str",
+        ),
+        (
+            _GELU,
+            "--mask-prob:float --short-seq-prob:float --decoder-seq-length:int --encoder-num-layers:int --decoder-num-layers:int "
+            "--retriever-seq-length:int --sample-rate:float --bert-no-binary-head --bert-load:str --ict-head-size:int --ict-load:str "
+            "--biencoder-projection-dim:int --biencoder-shared-query-context-model --titles-data-path:str --query-in-block-prob:float "
+            "--use-one-sent-docs --evidence-data-path:str --retriever-report-topk-accuracies:ints --retriever-score-scaling "
+            "--block-data-path:str --embedding-path:str --indexer-batch-size:int --indexer-log-interval:int --num-classes:int "
+            "--img-h:int --img-w:int --num-channels:int --patch-dim:int --classes-fraction:float --data-per-class-fraction:float "
+            "--head-lr-mult:float --vision-pretraining --vision-pretraining-type:str --vision-backbone-type:str "
+            "--swin-backbone-type:str --mask-type:str --mask-factor:float --iter-per-epoch:int --dino-local-img-size:int "
+            "--dino-local-crops-number:int --dino-head-hidden-size:int --dino-bottleneck-size:int --dino-freeze-last-layer:float "
+            "--dino-norm-last-layer --dino-warmup-teacher-temp:float --dino-teacher-temp:float "
+            "--dino-warmup-teacher-temp-epochs:int --retro-project-dir:str --retro-add-retriever --retro-cyclic-train-iters:int "
+            "--retro-encoder-layers:int --retro-encoder-hidden-dropout:float --retro-encoder-attention-dropout:float "
+            "--retro-num-neighbors:int --retro-num-retrieved-chunks:int --retro-attention-gate:float "
+            "--no-retro-verify-neighbor-count",
+        ),
+    ],
+    "preprocess": [
+        ("files are written memory-mapped in the one .bin/.idx format", "--dataset-impl:str"),
+        ("ids do not depend on the padded vocabulary", "--make-vocab-size-divisible-by:int --pad-vocab-size-to:int"),
+    ],
+    "convert": [
+        ("there is one decoder for every model type", "--model-type:str"),
+        ("no Megatron installation is needed", "--megatron-path:str"),
+        ("nothing is queued: tensors stream from source to target", "--max-queue-size:int"),
+        ("names and shapes are always checked", "--no-checking"),
+    ],
+}
+
+# Program group -> (why and what to use, flags, values that ask for nothing).
+REFUSED: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
+    "run": [
+        (f"mixture-of-experts models are {NOT_BUILT}; use a dense model", "--num-experts:int", ()),
+        (f"multi-head latent attention is {NOT_BUILT}; use a model with plain attention", "--multi-head-latent-attention", ()),
+        (
+            f"low-rank fine-tuning is {NOT_BUILT}; train all weights with --stage sft",
+            "--lora-target-modules:strs --lora-load:str",
+            ("",),
+        ),
+        (f"pairwise data are {NOT_BUILT}; use --stage sft with instruction data", "--is-pairwise-dataset", ()),
+        (
+            f"attention confined to single documents is {NOT_BUILT}; leave it out: documents of a sample see each other",
+            "--reset-attention-mask",
+            (),
+        ),
+        (
+            f"moving activations to host memory is {NOT_BUILT}; use --recompute-granularity full",
+            "--swap-attention",
+            (),
+        ),
+        (
+            f"recomputing the activation function alone is {NOT_BUILT}; use --recompute-granularity full or selective",
+            "--recompute-activation-function",
+            (),
+        ),
+        (
+            f"counting recomputed layers over virtual stages is {NOT_BUILT}; --recompute-num-layers counts per model chunk",
+            "--enable-recompute-layers-per-pp-rank",
+            (),
+        ),
+        (
+            f"sharding saved activations over tensor ranks is {NOT_BUILT}; use --sequence-parallel, which shards them too",
+            "--distribute-saved-activations",
+            (),
+        ),
+        (
+            f"slicing the output matrix is {NOT_BUILT}; raise --tensor-model-parallel-size, which shards the logits",
+            "--output-layer-slice-num:int",
+            ("1",),
+        ),
+        (f"high availability is {NOT_BUILT}; use --save-interval and restart", "--enable-high-availability", ()),
+        (f"the profiler is {NOT_BUILT}; use PyTorch's own around the program", "--profile", ()),
+        (f"8-bit floating point is {NOT_BUILT}; use --bf16", "--fp8-format:str --fp8-hybrid --fp8-e4m3", ()),
+        (
+            f"this pipeline schedule is {NOT_BUILT}; use --num-layers-per-virtual-pipeline-stage",
+            "--optimized-pipeline --fold-mode:str --foldx-mode:str",
+            ("none", "None"),
+        ),
+        (f"automatic recomputation is {NOT_BUILT}; use --recompute-granularity", "--auto-recompute-device-size:int", ("-1",)),
+        (
+            f"a number of recomputed layers for each stage is {NOT_BUILT}; use --recompute-num-layers",
+            "--recomputation-layer-num:ints",
+            (),
+        ),
+        (
+            f"dropping fp32 gradients is {NOT_BUILT}; use --reuse-fp32-param or --use-distributed-optimizer",
+            "--release-fp32-grad",
+            (),
+        ),
+        (
+            f"keeping optimizer state in host memory is {NOT_BUILT}; use --zero-stage 3",
+            "--cpu-optimizer --remote-device:str",
+            ("none", "None"),
+        ),
+        (
+            "a DeepSpeed file is not read: give --zero-stage, --bf16, --clip-grad and the batch sizes as flags",
+            "--deepspeed_config:str --deepspeed-config:str",
+            (),
+        ),
+        (f"the max-z loss is {NOT_BUILT}; leave it out", "--z-loss-weight:float", ("0", "0.0")),
+        (f"a normalised output matrix is {NOT_BUILT}; leave it out", "--lm-norm-weight", ()),
+        ("initial weights are normal: set --init-method-std", "--init-method-xavier-uniform", ()),
+        ("custom layers cannot be loaded from the command line; every architecture is a set of model options", "--spec:any", ()),
+        ("there is no encoder to split off; use --num-layer-list for uneven stages", "--pipeline-model-parallel-split-rank:int", ()),
+        ("Megatron's YAML files are not read: use --config FILE", "--yaml-cfg:str", ()),
+        (
+            "it belongs to the launcher: write it before the program, as in `torchrun --nproc_per_node 8 pretrain_gpt.py ...`",
+            "--nproc_per_node:any --nnodes:any --node_rank:any --master_addr:any --master_port:any",
+            (),
+        ),
+    ],
+    "preprocess": [],
+    "convert": [
+        (
+            "it belongs to the converters of 2023: use --load-dir, --save-dir and --target-tensor-parallel-size",
+            "--input-model-dir:str --output-model-dir:str --type:str --merge-mlp --num_layers:int --tensor-model-parallel-size:int "
+            "--pipeline-model-parallel-size:int --expert-model-parallel-size:int --deepspeed",
+            (),
+        ),
+    ],
+}

@@ -1,0 +1,288 @@
+"""Rules between options. Each broken rule raises one ModelLinkError: what, the values, and how to fix it with the flags to use.
+
+Every rule reads the configuration and the world size only, so all ranks raise the same error without talking to each other.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from modellink.config.architecture import SIZES
+from modellink.config.flags import flag_of, spell
+from modellink.config.flags_table import NOT_BUILT
+from modellink.errors import ModelLinkError
+
+if TYPE_CHECKING:
+    from modellink.config.load import ResolvedConfig
+
+POSITIVE = (
+    "model.num_layers model.hidden_size model.num_attention_heads model.num_key_value_heads model.head_dim model.ffn_hidden_size "
+    "model.vocab_size model.padded_vocab_size model.vocab_multiple model.max_position_embeddings model.sliding_window "
+    "parallel.tensor_parallel parallel.pipeline_parallel parallel.context_parallel parallel.expert_parallel "
+    "parallel.layers_per_virtual_stage parallel.data_parallel_replicas parallel.recompute_num_layers "
+    "parallel.distributed_timeout_minutes train.micro_batch_size train.global_batch_size train.train_iters train.train_samples "
+    "train.log_interval train.eval_interval train.exit_interval train.tensorboard_log_interval data.seq_length "
+    "data.pad_to_multiple_of checkpoint.save_interval checkpoint.keep_checkpoints generate.max_new_tokens generate.num_beams "
+    "evaluate.evaluation_batch_size evaluate.max_eval_samples model.norm_epsilon model.rope_theta"
+).split()
+NOT_NEGATIVE = (
+    "train.eval_iters optimizer.lr optimizer.min_lr optimizer.lr_warmup_iters optimizer.lr_warmup_samples optimizer.weight_decay "
+    "optimizer.clip_grad data.num_workers generate.history_turns generate.top_k generate.temperature"
+).split()
+SHARES = ("model.attention_dropout", "model.hidden_dropout", "optimizer.adam_beta1", "optimizer.adam_beta2")
+
+
+def validate(resolved: ResolvedConfig, complete: bool = True) -> None:
+    """Raise ModelLinkError for the first broken rule. `complete` also asks for what a run cannot do without."""
+    _ranges(resolved)
+    _model(resolved)
+    _layout(resolved)
+    _stages(resolved)
+    if resolved.program == "train":
+        _batches(resolved)
+        _optimizer(resolved)
+        if complete:
+            _required_to_train(resolved)
+    elif complete:
+        _decoding(resolved)
+
+
+def _given(resolved: ResolvedConfig, path: str) -> str:
+    """ "--flag value", with the preferred spelling."""
+    return spell(path, resolved.get(path))
+
+
+def _ranges(resolved: ResolvedConfig) -> None:
+    for path in POSITIVE:
+        value = resolved.get(path)
+        if value is not None and value <= 0:
+            raise ModelLinkError(f"{flag_of(path)} must be above 0, not {value} ({resolved.origins[path]}).")
+    for path in NOT_NEGATIVE:
+        value = resolved.get(path)
+        if value is not None and value < 0:
+            raise ModelLinkError(f"{flag_of(path)} must not be below 0, not {value} ({resolved.origins[path]}).")
+    for path in SHARES:
+        if not 0 <= resolved.get(path) < 1:
+            raise ModelLinkError(f"{flag_of(path)} must be at least 0 and below 1, not {resolved.get(path)}.")
+
+
+def _model(resolved: ResolvedConfig) -> None:
+    model, data = resolved.config.model, resolved.config.data
+    missing = [flag_of(f"model.{name}") for name in SIZES if getattr(model, name) is None]
+    if missing:
+        folder = resolved.config.checkpoint.load or resolved.config.checkpoint.pretrained_checkpoint
+        hint = f" ({folder} states no architecture)" if folder else ""
+        raise ModelLinkError(
+            f"the architecture is not known{hint}: give {', '.join(missing)}, or --model NAME (see `modellink models`), "
+            "or --load with a Hugging Face folder or a checkpoint."
+        )
+    assert model.hidden_size and model.num_attention_heads and model.num_key_value_heads and model.head_dim and model.num_layers
+    derived_head = resolved.origins["model.head_dim"].startswith("derived")
+    if derived_head and model.hidden_size % model.num_attention_heads:
+        raise ModelLinkError(
+            f"{_given(resolved, 'model.hidden_size')} is not divisible by {_given(resolved, 'model.num_attention_heads')}: "
+            f"change one, or give the head size with {flag_of('model.head_dim')}."
+        )
+    if model.num_attention_heads % model.num_key_value_heads:
+        raise ModelLinkError(
+            f"{model.num_attention_heads} query heads do not split over {model.num_key_value_heads} key/value heads "
+            f"({resolved.origins['model.num_key_value_heads']}): {flag_of('model.num_key_value_heads')} (or --num-query-groups) must "
+            f"divide {flag_of('model.num_attention_heads')}."
+        )
+    if model.position_embedding == "learned_absolute" and model.max_position_embeddings is None:
+        raise ModelLinkError(f"learned positions need {flag_of('model.max_position_embeddings')}, or choose --position-embedding-type rope.")
+    if data.seq_length and model.max_position_embeddings and data.seq_length > model.max_position_embeddings:
+        raise ModelLinkError(
+            f"{_given(resolved, 'data.seq_length')} is longer than {_given(resolved, 'model.max_position_embeddings')} "
+            f"({resolved.origins['model.max_position_embeddings']}): lower the first or raise the second."
+        )
+    if model.vocab_size and model.padded_vocab_size and model.padded_vocab_size < model.vocab_size:
+        raise ModelLinkError(
+            f"{_given(resolved, 'model.padded_vocab_size')} is smaller than {_given(resolved, 'model.vocab_size')} "
+            f"({resolved.origins['model.vocab_size']}): raise the first."
+        )
+    if model.position_embedding == "alibi" and model.sliding_window:
+        raise ModelLinkError("ALiBi positions and --sliding-window exclude each other: leave one out.")
+    if model.rope_scaling in ("llama3", "yarn") and model.position_embedding == "rope" and not model.rope_original_max_position:
+        raise ModelLinkError(
+            f"{_given(resolved, 'model.rope_scaling')} needs the window the model was trained on: "
+            f"give {flag_of('model.rope_original_max_position')} (8192 for Llama 3.1)."
+        )
+    layers = model.window_layers
+    if layers not in ("all", "even") and (len(layers.split(",")) != model.num_layers or set(layers) - set("01, ")):
+        raise ModelLinkError(
+            f"--window-layers {layers} must be all, even, or {model.num_layers} comma-separated zeros and ones (one per layer)."
+        )
+
+
+def _layout(resolved: ResolvedConfig) -> None:
+    config = resolved.config
+    model, parallel, tensor = config.model, config.parallel, config.parallel.tensor_parallel
+    for path, remedy in (
+        ("parallel.context_parallel", "shorten the sequence or raise --tensor-model-parallel-size with --sequence-parallel"),
+        ("parallel.expert_parallel", "use a dense model with --expert-model-parallel-size 1"),
+    ):
+        if resolved.get(path) > 1:
+            raise ModelLinkError(f"{_given(resolved, path)} is refused: {NOT_BUILT}; {remedy}.")
+    for path, word in (
+        ("model.num_attention_heads", "query heads"),
+        ("model.num_key_value_heads", "key/value heads"),
+        ("model.ffn_hidden_size", "MLP columns"),
+        ("model.padded_vocab_size", "vocabulary rows"),
+    ):
+        size = resolved.get(path)
+        if size and size % tensor:
+            raise ModelLinkError(
+                f"{size} {word} do not split over {_given(resolved, 'parallel.tensor_parallel')}: choose a tensor-parallel size "
+                f"that divides {size}, or change {flag_of(path)}."
+            )
+    model_parallel = tensor * parallel.pipeline_parallel * parallel.context_parallel
+    if resolved.world_size % model_parallel:
+        raise ModelLinkError(
+            f"{resolved.world_size} process(es) cannot hold {_given(resolved, 'parallel.tensor_parallel')} x "
+            f"{_given(resolved, 'parallel.pipeline_parallel')}: start a multiple of {model_parallel} processes "
+            f"(torchrun --nproc_per_node {model_parallel}) or lower these sizes."
+        )
+    if resolved.data_parallel % parallel.data_parallel_replicas:
+        raise ModelLinkError(
+            f"{_given(resolved, 'parallel.data_parallel_replicas')} does not divide the data-parallel size {resolved.data_parallel}."
+        )
+    if parallel.sequence_parallel and config.data.seq_length and config.data.seq_length % tensor:
+        raise ModelLinkError(
+            f"--sequence-parallel cuts the sequence over tensor ranks, but {_given(resolved, 'data.seq_length')} is not divisible by "
+            f"{_given(resolved, 'parallel.tensor_parallel')}: change one or leave out --sequence-parallel."
+        )
+    if parallel.distributed_optimizer and parallel.zero_stage == 0:
+        raise ModelLinkError("--zero-stage 0 contradicts --use-distributed-optimizer, which is stage 1: leave one out.")
+    if parallel.recompute_granularity is None and (parallel.recompute_method or parallel.recompute_num_layers):
+        resolved.warnings.append("--recompute-method and --recompute-num-layers: no effect without --recompute-granularity full")
+    if parallel.recompute_granularity == "selective" and parallel.recompute_method:
+        raise ModelLinkError("--recompute-method belongs to --recompute-granularity full: leave it out with selective.")
+    assert model.num_layers
+
+
+def _stages(resolved: ResolvedConfig) -> None:
+    layers, parallel = resolved.config.model.num_layers, resolved.config.parallel
+    pipeline, chunk, uneven = parallel.pipeline_parallel, parallel.layers_per_virtual_stage, parallel.layers_per_stage
+    assert layers
+    stage_flag, chunk_flag = flag_of("parallel.layers_per_stage"), flag_of("parallel.layers_per_virtual_stage")
+    if uneven is not None:
+        listed = ",".join(map(str, uneven))
+        if chunk is not None:
+            raise ModelLinkError(f"{stage_flag} and {chunk_flag} exclude each other: leave one out.")
+        if len(uneven) != pipeline or sum(uneven) != layers or min(uneven) < 1:
+            raise ModelLinkError(
+                f"{stage_flag} {listed} has {len(uneven)} stage(s) with {sum(uneven)} layers, but there are "
+                f"{_given(resolved, 'parallel.pipeline_parallel')} and {_given(resolved, 'model.num_layers')}: "
+                "list one positive number per stage that add up to the layers."
+            )
+        return
+    if layers % pipeline:
+        raise ModelLinkError(
+            f"{layers} layers do not split over {_given(resolved, 'parallel.pipeline_parallel')}: choose a size that divides {layers}, "
+            f"or give uneven stages with {stage_flag}."
+        )
+    if chunk is None:
+        return
+    if pipeline < 2:
+        raise ModelLinkError(f"{chunk_flag} {chunk} needs {flag_of('parallel.pipeline_parallel')} 2 or more.")
+    if layers // pipeline % chunk:
+        raise ModelLinkError(
+            f"{chunk_flag} {chunk} does not divide the {layers // pipeline} layers of a stage "
+            f"({layers} layers / {pipeline} stages): choose a divisor of {layers // pipeline}."
+        )
+
+
+def _batches(resolved: ResolvedConfig) -> None:
+    train, parallel = resolved.config.train, resolved.config.parallel
+    if train.micro_batch_size and train.global_batch_size:
+        at_once = train.micro_batch_size * resolved.data_parallel
+        if train.global_batch_size % at_once:
+            raise ModelLinkError(
+                f"{_given(resolved, 'train.global_batch_size')} is not divisible by {_given(resolved, 'train.micro_batch_size')} x "
+                f"{resolved.data_parallel} data-parallel ranks: use a multiple of {at_once}."
+            )
+        micro_batches = train.global_batch_size // at_once
+        if parallel.layers_per_virtual_stage and micro_batches % parallel.pipeline_parallel:
+            raise ModelLinkError(
+                f"an interleaved pipeline needs a multiple of {parallel.pipeline_parallel} micro-batches per step, not {micro_batches}: "
+                f"use a {flag_of('train.global_batch_size')} divisible by {at_once * parallel.pipeline_parallel}."
+            )
+        if train.rampup_batch_size is not None:
+            _rampup(resolved, train.rampup_batch_size, train.global_batch_size, at_once)
+    if train.train_iters and train.train_samples:
+        raise ModelLinkError("--train-iters and --train-samples exclude each other: leave one out.")
+
+
+def _rampup(resolved: ResolvedConfig, rampup: list[int], target: int, at_once: int) -> None:
+    shown = f"--rampup-batch-size {' '.join(map(str, rampup))}"
+    if len(rampup) != 3:
+        raise ModelLinkError(f"{shown} needs three numbers: first batch size, increment, samples of the ramp.")
+    start, increment, samples = rampup
+    if min(rampup) <= 0 or start > target or (target - start) % increment:
+        raise ModelLinkError(f"{shown} does not reach --global-batch-size {target} in whole positive steps: change the increment.")
+    if start % at_once or increment % at_once:
+        raise ModelLinkError(f"{shown}: the first size and the increment must be multiples of {at_once} (micro batch x data parallel).")
+    if resolved.config.train.train_samples is None:
+        raise ModelLinkError("--rampup-batch-size needs the length of the run in samples: give --train-samples, not --train-iters.")
+
+
+def _optimizer(resolved: ResolvedConfig) -> None:
+    optimizer = resolved.config.optimizer
+    if optimizer.bf16 and optimizer.fp16:
+        raise ModelLinkError("--bf16 and --fp16 exclude each other: leave one out.")
+    if optimizer.split_master and not optimizer.bf16:
+        raise ModelLinkError("--reuse-fp32-param splits fp32 masters into bf16 weights and remainders: it needs --bf16.")
+    if optimizer.lr is not None and optimizer.min_lr > optimizer.lr:
+        raise ModelLinkError(f"--min-lr {optimizer.min_lr} is above --lr {optimizer.lr}: lower it.")
+    warmups = [n for n in ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction") if getattr(optimizer, n)]
+    if len(warmups) > 1:
+        raise ModelLinkError(f"{' and '.join(flag_of(f'optimizer.{n}') for n in warmups)} exclude each other: keep one.")
+    if optimizer.lr_warmup_fraction is not None and not 0 <= optimizer.lr_warmup_fraction <= 1:
+        raise ModelLinkError(f"--lr-warmup-fraction must be between 0 and 1, not {optimizer.lr_warmup_fraction}.")
+    decay = optimizer.lr_decay_iters or resolved.config.train.train_iters
+    if decay and optimizer.lr_warmup_iters > decay:
+        raise ModelLinkError(f"--lr-warmup-iters {optimizer.lr_warmup_iters} is longer than the decay of {decay} iterations.")
+    if optimizer.override_schedule and optimizer.use_checkpoint_schedule:
+        raise ModelLinkError(
+            f"{flag_of('optimizer.override_schedule')} and {flag_of('optimizer.use_checkpoint_schedule')} exclude each other."
+        )
+    if optimizer.weight_decay_incr_style != "constant" and None in (optimizer.start_weight_decay, optimizer.end_weight_decay):
+        raise ModelLinkError(
+            f"--weight-decay-incr-style {optimizer.weight_decay_incr_style} needs --start-weight-decay and --end-weight-decay."
+        )
+
+
+def _required_to_train(resolved: ResolvedConfig) -> None:
+    config = resolved.config
+    for path in ("data.seq_length", "train.micro_batch_size", "optimizer.lr"):
+        if resolved.get(path) is None and not (path == "optimizer.lr" and config.train.skip_train):
+            raise ModelLinkError(f"{flag_of(path)} is missing: {_help_of(path)}.")
+    if config.train.train_iters is None and config.train.train_samples is None:
+        raise ModelLinkError("the length of the run is missing: give --train-iters or --train-samples.")
+    data = config.data
+    parts = data.train_data_path or data.valid_data_path or data.test_data_path
+    if data.data_path and parts:
+        raise ModelLinkError("--data-path excludes --train-data-path, --valid-data-path and --test-data-path: keep one kind.")
+    if not (data.data_path or parts or data.mock_data):
+        raise ModelLinkError("there is nothing to train on: give --data-path PREFIX (of PREFIX.bin and PREFIX.idx) or --mock-data.")
+    tokenizer = config.tokenizer
+    named = tokenizer.tokenizer_name_or_path or tokenizer.tokenizer_model or tokenizer.vocab_file
+    if not named and config.model.padded_vocab_size is None:
+        raise ModelLinkError("the vocabulary is not known: give --tokenizer-name-or-path FOLDER, or --vocab-size N.")
+
+
+def _decoding(resolved: ResolvedConfig) -> None:
+    config = resolved.config
+    if config.data.prompt_type and config.generate.hf_chat_template:
+        raise ModelLinkError("--prompt-type and --hf-chat-template exclude each other: leave one out.")
+    if not 0 < config.generate.top_p <= 1:
+        raise ModelLinkError(f"--top-p must be above 0 and at most 1, not {config.generate.top_p}.")
+    if not (config.checkpoint.load or config.checkpoint.pretrained_checkpoint):
+        raise ModelLinkError("there are no weights to use: give --load with a checkpoint or a Hugging Face folder.")
+
+
+def _help_of(path: str) -> str:
+    from modellink.config.flags import by_name
+
+    return by_name("train")[flag_of(path)].help
