@@ -1,7 +1,7 @@
 """The command line: `modellink VERB [options]`, and the reference's six programs under their own names.
 
-Each verb lives in its own module with one function `run(argv) -> int`, imported when it is called. Exit codes: 0 done, 2 bad usage
-or bad input, 1 failure while running, 130 interrupted. Errors are one line; `--debug` adds the traceback.
+Each verb lives in its own module with one function `run(argv) -> int`, imported when it is called. Exit codes: 0 done,
+2 bad usage or bad input, 1 failure while running, 130 interrupted. Errors are one line; `--debug` adds the traceback.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from modellink.errors import ModelLinkError
 from modellink.registry import suggest
@@ -27,7 +28,7 @@ VERBS: dict[str, str] = {
     "env": "versions, devices, backends",
 }
 LATER: dict[str, str] = {
-    "serve": "the HTTP server is not built yet: use `modellink chat` or `modellink generate --input FILE --output FILE`",
+    "serve": "the HTTP server is not built yet: use `modellink chat` or `modellink generate --input FILE`",
     "plan": "the planner is not built yet: `modellink train ... --print-config` prints parameters and layout",
 }
 PROGRAMS = {
@@ -54,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guard(arguments[0], arguments[1:])
 
 
-def program(name: str, argv: Sequence[str] | None = None) -> int:
-    """Run a program of the reference by name, for example "pretrain_gpt"; returns the exit code."""
-    return guard(PROGRAMS[name], list(sys.argv[1:] if argv is None else argv))
+def program(name: str) -> NoReturn:
+    """Run a program of the reference by name ("pretrain_gpt") with the process's own arguments, and exit."""
+    sys.exit(guard(PROGRAMS[name], sys.argv[1:]))
 
 
 def usage() -> str:
@@ -83,20 +84,22 @@ def guard(verb: str, argv: list[str]) -> int:
         return 1
     except Exception as error:
         text = " ".join(str(error).split()) or "no message"
-        _report(f"{verb} failed: {type(error).__name__}: {text}" + ("" if debug else " (--debug shows the traceback)"), debug)
+        hint = "" if debug else " (--debug shows the traceback)"
+        _report(f"{verb} failed: {type(error).__name__}: {text}{hint}", debug)
         return 1
 
 
-def _load(verb: str):  # type: ignore[no-untyped-def]
+def _load(verb: str) -> Callable[[Sequence[str]], int]:
     if verb in LATER:
         raise ModelLinkError(f"{verb}: {LATER[verb]}.")
     if verb not in VERBS:
         raise ModelLinkError(f"unknown verb {verb!r}.{suggest(verb, VERBS)} `modellink --help` lists the verbs.")
-    return importlib.import_module(f"modellink.cli.{verb}").run
+    run: Callable[[Sequence[str]], int] = importlib.import_module(f"modellink.cli.{verb}").run
+    return run
 
 
 def _report(message: str, debug: bool) -> None:
-    """Print one error line. Rank 0 prints at once; another rank waits a moment and names itself, so rank 0's line comes first."""
+    """Print one error line. Another rank than 0 waits a moment and names itself, so that rank 0's line comes first."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if rank and not debug:
         time.sleep(0.5)

@@ -29,13 +29,14 @@ def run(argv: Sequence[str]) -> int:
         for field, value in preset_fields(names[0]).items():
             table.add_row(field, str(value))
     else:
-        for column in ("preset", "family", "parameters", "layers", "hidden", "heads", "KV heads", "MLP", "vocabulary"):
-            table.add_column(column, justify="left" if column in ("preset", "family") else "right")
+        for column in ("preset", "family", "size", "layers", "hidden", "heads", "KV", "MLP", "vocab"):
+            table.add_column(column, justify="left" if column in ("preset", "family") else "right", no_wrap=True)
         for name in presets:
             model = preset(name)
             count = count_parameters(model)
-            sizes = (model.num_layers, model.hidden_size, model.num_attention_heads, model.num_key_value_heads)
-            shown = f"{count / 1e9:.2f} B" if count >= 1e7 else f"{count / 1e6:.2f} M"
-            table.add_row(name, model.family, shown, *map(str, sizes), str(model.ffn_hidden_size), str(model.vocab_size))
+            heads = (model.num_attention_heads, model.num_key_value_heads)
+            sizes = (model.num_layers, model.hidden_size, *heads, model.ffn_hidden_size, model.vocab_size)
+            shown = f"{count / 1e9:.2f}B" if count >= 1e7 else f"{count / 1e6:.2f}M"
+            table.add_row(name, model.family, shown, *map(str, sizes))
     Console().print(table)
     return 0

@@ -21,7 +21,15 @@ if TYPE_CHECKING:
 TRACKER = "latest_checkpointed_iteration.txt"
 SIZES = ("num_layers", "hidden_size", "num_attention_heads")
 # These may differ from a folder: they change training or padding, not what the weights compute.
-FREE = ("family", "attention_dropout", "hidden_dropout", "init_std", "vocab_multiple", "padded_vocab_size", "fp32_residual")
+FREE = (
+    "family",
+    "attention_dropout",
+    "hidden_dropout",
+    "init_std",
+    "vocab_multiple",
+    "padded_vocab_size",
+    "fp32_residual",
+)
 # Megatron's launch lines have no flag for these, so an absent flag says nothing.
 UNSPOKEN = (
     "max_position_embeddings",
@@ -121,12 +129,21 @@ def _merge(resolved: ResolvedConfig, other: ModelConfig, known: set[str], where:
         if explicit and (name in FREE or not _matters(theirs, name) or _equal(name, value, stated, mine, theirs)):
             continue
         if explicit and name == "max_position_embeddings" and theirs.position_embedding != "learned_absolute":
-            resolved.warnings.append(f"{resolved.origins[path]} {value} differs from {stated} in {where}: taking {value}")
+            resolved.warnings.append(
+                f"{resolved.origins[path]} {value} differs from {stated} in {where}: taking {value}"
+            )
         elif explicit:
             problems.append(f"{name} is {value} by {resolved.origins[path]} but {stated} in {where}")
             remedies.append(spell(path, stated))
-        elif strict and name not in FREE + UNSPOKEN and _matters(theirs, name) and _changes(resolved, name, value, stated, theirs):
-            problems.append(f"{name} is {value} by default, as {flag_of(path, stated)} is absent, but {stated} in {where}")
+        elif (
+            strict
+            and name not in FREE + UNSPOKEN
+            and _matters(theirs, name)
+            and _changes(resolved, name, value, stated, theirs)
+        ):
+            problems.append(
+                f"{name} is {value} by default, as {flag_of(path, stated)} is absent, but {stated} in {where}"
+            )
             remedies.append(spell(path, stated))
         else:
             resolved.set(path, getattr(other, name), where)
@@ -145,7 +162,12 @@ def _matters(theirs: ModelConfig, name: str) -> bool:
 def _equal(name: str, value: Any, stated: Any, mine: ModelConfig, theirs: ModelConfig) -> bool:
     if name == "query_scale":
         value, stated = value or mine.head_dim, stated or theirs.head_dim
-    if isinstance(value, float) and isinstance(stated, float | int) or isinstance(stated, float) and isinstance(value, int):
+    if (
+        isinstance(value, float)
+        and isinstance(stated, float | int)
+        or isinstance(stated, float)
+        and isinstance(value, int)
+    ):
         return math.isclose(value, stated, rel_tol=1e-6)
     return bool(value == stated)
 

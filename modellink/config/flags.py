@@ -232,7 +232,9 @@ def convert(flag: Flag, value: Any, spelling: str) -> Any:
     if flag.kind in ("ints", "strs", "floats"):
         items = value if isinstance(value, list) else [value]
         if flag.kind != "strs":
-            items = [part for item in items for part in (item.split(",") if isinstance(item, str) else [item]) if part != ""]
+            items = [
+                part for item in items for part in (item.split(",") if isinstance(item, str) else [item]) if part != ""
+            ]
         return [_scalar(flag.kind[:-1], item, spelling) for item in items]
     typed = _scalar(flag.kind, value, spelling)
     typed = rows.VALUE_ALIASES.get(flag.path or "", {}).get(typed, typed)
@@ -241,7 +243,9 @@ def convert(flag: Flag, value: Any, spelling: str) -> Any:
         raise ModelLinkError(f"{spelling} {typed} is refused: {refused[typed]}.")
     if flag.choices and typed not in flag.choices:
         names = ", ".join(map(str, flag.choices))
-        raise ModelLinkError(f"{spelling} {value} is unknown.{suggest(str(value), map(str, flag.choices))} Known: {names}.")
+        raise ModelLinkError(
+            f"{spelling} {value} is unknown.{suggest(str(value), map(str, flag.choices))} Known: {names}."
+        )
     return typed
 
 
@@ -291,7 +295,9 @@ def build_parser(program: str) -> argparse.ArgumentParser:
         section: parser.add_argument_group(section, (cls.__doc__ or "").strip().splitlines()[0])
         for section, cls in section_types(program).items()
     }
-    groups["alias"] = parser.add_argument_group("aliases", "Flags that set several options at once or state one in other units.")
+    groups["alias"] = parser.add_argument_group(
+        "aliases", "Flags that set several options at once or state one in other units."
+    )
     for index, flag in enumerate(flags(program)):
         hidden = flag.status in ("accepted", "refused")
         nargs: Any = {"switch": 0, "ints": "+", "strs": "*", "floats": "+", "any": "*"}.get(flag.kind)

@@ -121,7 +121,11 @@ def _over_sqrt_layers(value: float, look: Callable[[str], Any]) -> float:
 # (flag, fields it sets, help, options). Options: late=True wins over native flags; needs=FLAG has no effect without it.
 ALIASES: dict[str, list[tuple[Any, ...]]] = {
     "run": [
-        ("--group-query-attention", {"model.num_key_value_heads": 1}, "grouped heads; sizes from --num-query-groups, default 1"),
+        (
+            "--group-query-attention",
+            {"model.num_key_value_heads": 1},
+            "grouped heads; sizes from --num-query-groups, default 1",
+        ),
         (
             "--num-query-groups:int",
             {"model.num_key_value_heads": VALUE},
@@ -159,20 +163,40 @@ ALIASES: dict[str, list[tuple[Any, ...]]] = {
             "gated gelu MLP: exact (erf), or tanh with --gelu-tanh",
         ),
         ("--apply-layernorm-1p", {"model.norm_offset": True}, "LayerNorm weights are stored minus one"),
-        ("--dim-model-base:float", {"model.hidden_divisor": _hidden_over}, "divide the last hidden state by hidden size / this"),
-        ("--scale-depth:float", {"model.residual_multiplier": _over_sqrt_layers}, "multiply branches by this / sqrt(layers)"),
+        (
+            "--dim-model-base:float",
+            {"model.hidden_divisor": _hidden_over},
+            "divide the last hidden state by hidden size / this",
+        ),
+        (
+            "--scale-depth:float",
+            {"model.residual_multiplier": _over_sqrt_layers},
+            "multiply branches by this / sqrt(layers)",
+        ),
         (
             "--interleave-sliding-window:int",
             {"model.sliding_window": VALUE, "model.window_layers": "even"},
             "sliding window on layers 0, 2, 4, ...",
         ),
-        ("--recompute-activations", {"parallel.recompute_granularity": "selective"}, "--recompute-granularity selective"),
+        (
+            "--recompute-activations",
+            {"parallel.recompute_granularity": "selective"},
+            "--recompute-granularity selective",
+        ),
         (
             "--checkpoint-activations",
-            {"parallel.recompute_granularity": "full", "parallel.recompute_method": "uniform", "parallel.recompute_num_layers": 1},
+            {
+                "parallel.recompute_granularity": "full",
+                "parallel.recompute_method": "uniform",
+                "parallel.recompute_num_layers": 1,
+            },
             "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
         ),
-        ("--is-instruction-dataset", {"train.stage": "sft", "data.instruction_data": True}, "--stage sft: the data are instructions"),
+        (
+            "--is-instruction-dataset",
+            {"train.stage": "sft", "data.instruction_data": True},
+            "--stage sft: the data are instructions",
+        ),
     ],
 }
 
@@ -181,8 +205,14 @@ _FP32 = "this part is always computed in fp32"
 _COMM = "communication is scheduled by the engine"
 _ONE_DECODER = "there is one decoder for all models"
 _GELU = "not an option of a decoder language model"
-_MOE, _MLA = "it only shapes --num-experts, which is not built yet", "it only shapes --multi-head-latent-attention, not built yet"
-_CP, _LORA = "it only tunes --context-parallel-size, not built yet", "it only shapes --lora-target-modules, not built yet"
+_MOE, _MLA = (
+    "it only shapes --num-experts, which is not built yet",
+    "it only shapes --multi-head-latent-attention, not built yet",
+)
+_CP, _LORA = (
+    "it only tunes --context-parallel-size, not built yet",
+    "it only shapes --lora-target-modules, not built yet",
+)
 _DPO = "it only tunes --stage dpo, which is not built yet"
 _PROFILE = "it only shapes --profile, which is not built yet"
 
@@ -201,9 +231,11 @@ ACCEPTED: dict[str, list[tuple[str, str]]] = {
         (
             _FP32,
             "--attention-softmax-in-fp32 --no-attention-softmax-in-fp32 --input-layernorm-in-fp32 --fp16-lm-cross-entropy",
-
         ),
-        (_ONE_DECODER, "--use-mcore-models --use-legacy-models --transformer-impl:str --no-post-layer-norm --onnx-safe"),
+        (
+            _ONE_DECODER,
+            "--use-mcore-models --use-legacy-models --transformer-impl:str --no-post-layer-norm --onnx-safe",
+        ),
         (
             _COMM,
             "--no-delay-grad-reduce --delay-grad-reduce --delay-param-gather --no-overlap-p2p-communication "
@@ -223,8 +255,14 @@ ACCEPTED: dict[str, list[tuple[str, str]]] = {
             "causal masks are built inside attention",
             "--square-alibi-mask --fill-neg-inf --no-create-attention-mask-in-dataloader --masked-softmax-fusion",
         ),
-        ("rotary and ALiBi positions have no table (--position-embedding-type none drops positions)", "--no-position-embedding"),
-        ("data files are memory-mapped, and index caches are written once", "--no-mmap-bin-files --no-shared-storage --no-data-sharding"),
+        (
+            "rotary and ALiBi positions have no table (--position-embedding-type none drops positions)",
+            "--no-position-embedding",
+        ),
+        (
+            "data files are memory-mapped, and index caches are written once",
+            "--no-mmap-bin-files --no-shared-storage --no-data-sharding",
+        ),
         (
             "checkpoints are distributed and describe themselves",
             "--use-dist-ckpt --dist-ckpt-format:str --auto-detect-ckpt-format --load-checkpoint-loosely --ckpt-fully-parallel-save "
@@ -281,7 +319,10 @@ ACCEPTED: dict[str, list[tuple[str, str]]] = {
         ("it only tunes --enable-high-availability, which is not built yet", "--enable-optimizer-state-local-copy"),
         ("it only tunes --optimized-pipeline, which is not built yet", "--manual-mbs:str"),
         ("it only tunes --auto-recompute-device-size, which is not built yet", "--auto-recompute-profiling-step:int"),
-        ("the old programs never read it; use --recompute-granularity", "--checkpoint-policy:str --checkpoint_block_layer:int"),
+        (
+            "the old programs never read it; use --recompute-granularity",
+            "--checkpoint-policy:str --checkpoint_block_layer:int",
+        ),
         ("--num-layer-list alone decides", "--use-manual-layer-allocation"),
         ("ZeRO is built in: --zero-stage and --use-distributed-optimizer decide", "--deepspeed"),
         ("--pipeline-model-parallel-size decides", "--no-pipeline-parallel"),
@@ -323,7 +364,11 @@ ACCEPTED: dict[str, list[tuple[str, str]]] = {
 REFUSED: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
     "run": [
         (f"mixture-of-experts models are {NOT_BUILT}; use a dense model", "--num-experts:int", ()),
-        (f"multi-head latent attention is {NOT_BUILT}; use a model with plain attention", "--multi-head-latent-attention", ()),
+        (
+            f"multi-head latent attention is {NOT_BUILT}; use a model with plain attention",
+            "--multi-head-latent-attention",
+            (),
+        ),
         (
             f"low-rank fine-tuning is {NOT_BUILT}; train all weights with --stage sft",
             "--lora-target-modules:strs --lora-load:str",
@@ -368,7 +413,11 @@ REFUSED: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
             "--optimized-pipeline --fold-mode:str --foldx-mode:str",
             ("none", "None"),
         ),
-        (f"automatic recomputation is {NOT_BUILT}; use --recompute-granularity", "--auto-recompute-device-size:int", ("-1",)),
+        (
+            f"automatic recomputation is {NOT_BUILT}; use --recompute-granularity",
+            "--auto-recompute-device-size:int",
+            ("-1",),
+        ),
         (
             f"a number of recomputed layers for each stage is {NOT_BUILT}; use --recompute-num-layers",
             "--recomputation-layer-num:ints",
@@ -392,8 +441,16 @@ REFUSED: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
         (f"the max-z loss is {NOT_BUILT}; leave it out", "--z-loss-weight:float", ("0", "0.0")),
         (f"a normalised output matrix is {NOT_BUILT}; leave it out", "--lm-norm-weight", ()),
         ("initial weights are normal: set --init-method-std", "--init-method-xavier-uniform", ()),
-        ("custom layers cannot be loaded from the command line; every architecture is a set of model options", "--spec:any", ()),
-        ("there is no encoder to split off; use --num-layer-list for uneven stages", "--pipeline-model-parallel-split-rank:int", ()),
+        (
+            "custom layers cannot be loaded from the command line; every architecture is a set of model options",
+            "--spec:any",
+            (),
+        ),
+        (
+            "there is no encoder to split off; use --num-layer-list for uneven stages",
+            "--pipeline-model-parallel-split-rank:int",
+            (),
+        ),
         ("Megatron's YAML files are not read: use --config FILE", "--yaml-cfg:str", ()),
         (
             "it belongs to the launcher: write it before the program, as in `torchrun --nproc_per_node 8 pretrain_gpt.py ...`",

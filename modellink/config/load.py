@@ -138,7 +138,9 @@ def _derive(resolved: ResolvedConfig, printing: bool) -> None:
             resolved.set(path, value, f"derived: {why}")
 
     if parallel.sequence_parallel and parallel.tensor_parallel == 1:
-        resolved.warnings.append(f"{resolved.origins['parallel.sequence_parallel']} is switched off: one tensor-parallel rank")
+        resolved.warnings.append(
+            f"{resolved.origins['parallel.sequence_parallel']} is switched off: one tensor-parallel rank"
+        )
         derive("parallel.sequence_parallel", False, "one tensor-parallel rank")
     if config.optimizer.bf16:
         derive("optimizer.fp32_grad_accumulation", True, "bf16 accumulates gradients in fp32")
@@ -154,7 +156,9 @@ def _derive(resolved: ResolvedConfig, printing: bool) -> None:
     elif config.data.instruction_data:
         derive("train.stage", "sft", "the data are instructions")
     if train.global_batch_size is None and train.micro_batch_size and model_parallel and resolved.data_parallel:
-        derive("train.global_batch_size", train.micro_batch_size * resolved.data_parallel, "micro batch x data parallel")
+        derive(
+            "train.global_batch_size", train.micro_batch_size * resolved.data_parallel, "micro batch x data parallel"
+        )
     before = dataclasses.asdict(config.model)
     config.model = config.model.resolve()
     for name, value in before.items():
@@ -181,11 +185,15 @@ def set_tokenizer_size(resolved: ResolvedConfig, size: int) -> None:
     """
     model = resolved.config.model
     fixed = model.padded_vocab_size or 0
-    by_flag = resolved.origins["model.vocab_size"].startswith("flag") and not _is_given(resolved, "model.padded_vocab_size")
+    by_flag = resolved.origins["model.vocab_size"].startswith("flag") and not _is_given(
+        resolved, "model.padded_vocab_size"
+    )
     if fixed >= size:
         return
     if fixed and not by_flag:
-        origin = resolved.origins["model.padded_vocab_size" if _is_given(resolved, "model.padded_vocab_size") else "model.vocab_size"]
+        origin = resolved.origins[
+            "model.padded_vocab_size" if _is_given(resolved, "model.padded_vocab_size") else "model.vocab_size"
+        ]
         raise ModelLinkError(
             f"the tokenizer has {size} ids but the embedding only {fixed} rows ({origin}): use the tokenizer that belongs to these "
             f"weights, or give --padded-vocab-size {size} or more for a model that starts from random weights."

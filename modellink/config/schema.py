@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
-def option(default: Any = dataclasses.MISSING, *, help: str, choices: tuple[Any, ...] | None = None, **extra: Any) -> Any:
+def option(
+    default: Any = dataclasses.MISSING, *, help: str, choices: tuple[Any, ...] | None = None, **extra: Any
+) -> Any:
     """Declare one option. Lists get a fresh copy per instance; `extra` is kept as metadata (for example `unit="tokens"`)."""
     metadata = {"help": help, "choices": choices, **extra}
     if isinstance(default, list):
@@ -33,7 +35,8 @@ class ModelConfig:
     num_key_value_heads: int | None = option(None, help="key/value heads (G); default: as many as query heads")
     head_dim: int | None = option(None, help="size of one head (K); default: hidden size / heads")
     ffn_hidden_size: int | None = option(
-        None, help="MLP width (F) of each of gate and up; default: 4 x hidden, or int(8 x hidden / 3 / 64) x 64 when gated"
+        None,
+        help="MLP width (F) of each of gate and up; default: 4 x hidden, or int(8 x hidden / 3 / 64) x 64 when gated",
     )
     vocab_size: int | None = option(None, help="rows of the embedding before padding; default: the tokenizer's size")
     padded_vocab_size: int | None = option(None, help="force the padded vocabulary (V); wins over the tokenizer")
@@ -43,8 +46,12 @@ class ModelConfig:
     normalization: str = option("LayerNorm", choices=("LayerNorm", "RMSNorm"), help="kind of every norm")
     norm_epsilon: float = option(1e-5, help="epsilon of every norm")
     norm_offset: bool = option(False, help="norm weights are stored minus one: multiply by (1 + w)")
-    norm_weight_in_fp32: bool = option(False, help="multiply by the norm weight before casting back (Gemma) rather than after")
-    sandwich_norm: bool = option(False, help="also normalise the output of attention and MLP before the residual add (Gemma2)")
+    norm_weight_in_fp32: bool = option(
+        False, help="multiply by the norm weight before casting back (Gemma) rather than after"
+    )
+    sandwich_norm: bool = option(
+        False, help="also normalise the output of attention and MLP before the residual add (Gemma2)"
+    )
     qk_norm: bool = option(False, help="norm on every query and key head before the rotation (Qwen3)")
     embedding_norm: bool = option(False, help="norm after the embedding (Bloom)")
 
@@ -71,7 +78,9 @@ class ModelConfig:
         None, choices=("linear", "dynamic", "llama3", "yarn"), help="rule that stretches the rotary frequencies"
     )
     rope_scaling_factor: float = option(1.0, help="stretch of the scaling rule")
-    rope_low_freq_factor: float = option(1.0, help="llama3 rule: below window/low the frequency is divided by the factor")
+    rope_low_freq_factor: float = option(
+        1.0, help="llama3 rule: below window/low the frequency is divided by the factor"
+    )
     rope_high_freq_factor: float = option(4.0, help="llama3 rule: above window/high the frequency is kept")
     rope_original_max_position: int | None = option(None, help="trained window of the llama3, yarn and dynamic rules")
     rope_beta_fast: float = option(32.0, help="yarn ramp: rotations above which a dimension is kept")
@@ -102,7 +111,9 @@ class ModelConfig:
     attention_dropout: float = option(0.1, help="dropout on attention probabilities")
     hidden_dropout: float = option(0.1, help="dropout on each branch before the residual add")
     fp32_residual: bool = option(False, help="keep the residual stream in fp32")
-    init_std: float = option(0.02, help="standard deviation of the initial weights; residual outputs use std / sqrt(2 L)")
+    init_std: float = option(
+        0.02, help="standard deviation of the initial weights; residual outputs use std / sqrt(2 L)"
+    )
 
     def resolve(self) -> ModelConfig:
         """Return a copy whose derived sizes are filled in. Needs layers, hidden size, heads; raises nothing else.
@@ -137,27 +148,41 @@ class ParallelConfig:
     pipeline_parallel: int = option(1, help="stages the layers are cut into")
     context_parallel: int = option(1, help="devices that share one sequence")
     expert_parallel: int = option(1, help="devices that share the experts of a layer")
-    sequence_parallel: bool = option(False, help="shard activations between blocks along the sequence over the tensor group")
+    sequence_parallel: bool = option(
+        False, help="shard activations between blocks along the sequence over the tensor group"
+    )
     layers_per_virtual_stage: int | None = option(None, help="layers of one model chunk: interleaved pipeline")
     layers_per_stage: list[int] | None = option(None, help="uneven pipeline: layers of each stage, comma separated")
     distributed_optimizer: bool = option(
         False, help="shard masters and optimizer states over data ranks, gather weights once a step (ZeRO-1)"
     )
     zero_stage: int | None = option(
-        None, choices=(0, 1, 2, 3), help="0 replicate, 1 shard states, 2 and gradients, 3 and weights; default from the flags"
+        None,
+        choices=(0, 1, 2, 3),
+        help="0 replicate, 1 shard states, 2 and gradients, 3 and weights; default from the flags",
     )
-    data_parallel_replicas: int = option(1, help="hybrid sharding: groups of data ranks that each hold a full sharded copy")
+    data_parallel_replicas: int = option(
+        1, help="hybrid sharding: groups of data ranks that each hold a full sharded copy"
+    )
     overlap_grad_reduce: bool = option(False, help="reduce gradients while backward runs")
     overlap_param_gather: bool = option(False, help="gather weights while forward runs")
-    distributed_backend: str = option("nccl", choices=("nccl", "gloo", "hccl"), help="communication library on accelerators")
+    distributed_backend: str = option(
+        "nccl", choices=("nccl", "gloo", "hccl"), help="communication library on accelerators"
+    )
     distributed_timeout_minutes: int = option(45, help="a collective that waits longer is an error")
     recompute_granularity: str | None = option(
-        None, choices=("full", "selective"), help="drop and rebuild activations: whole layers, or the attention core only"
+        None,
+        choices=("full", "selective"),
+        help="drop and rebuild activations: whole layers, or the attention core only",
     )
     recompute_method: str | None = option(
-        None, choices=("uniform", "block"), help="full recomputation: groups of layers, or the first layers of each stage"
+        None,
+        choices=("uniform", "block"),
+        help="full recomputation: groups of layers, or the first layers of each stage",
     )
-    recompute_num_layers: int | None = option(None, help="layers per group (uniform) or recomputed layers per stage (block)")
+    recompute_num_layers: int | None = option(
+        None, help="layers per group (uniform) or recomputed layers per stage (block)"
+    )
     compile: bool = option(False, help="torch.compile each layer")
 
 
@@ -193,7 +218,8 @@ class OptimizerConfig:
     bf16: bool = option(False, help="compute in bfloat16")
     fp16: bool = option(False, help="compute in float16 with loss scaling")
     split_master: bool = option(
-        False, help="store the fp32 master as the bf16 weight plus a 16-bit remainder: same bits, 4 bytes less a parameter"
+        False,
+        help="store the fp32 master as the bf16 weight plus a 16-bit remainder: same bits, 4 bytes less a parameter",
     )
     fp32_grad_accumulation: bool = option(False, help="accumulate and reduce gradients in fp32 (always so with bf16)")
     loss_scale: float | None = option(None, help="constant fp16 loss scale; default: dynamic")
@@ -214,7 +240,9 @@ class TrainConfig:
 
     stage: str = option("pretrain", choices=("pretrain", "sft"), help="what the loss is computed on")
     micro_batch_size: int | None = option(None, help="samples one device handles at once")
-    global_batch_size: int | None = option(None, help="samples per optimizer step; default: micro batch x data parallel")
+    global_batch_size: int | None = option(
+        None, help="samples per optimizer step; default: micro batch x data parallel"
+    )
     rampup_batch_size: list[int] | None = option(None, help="start, increment, samples: grow the batch in equal steps")
     train_iters: int | None = option(None, help="optimizer steps of the run")
     train_samples: int | None = option(None, help="the same in samples")
@@ -235,7 +263,9 @@ class TrainConfig:
     wandb_project: str = option("", help="Weights & Biases project; empty: off")
     wandb_exp_name: str = option("", help="Weights & Biases run name")
     wandb_save_dir: str = option("", help="folder of Weights & Biases files")
-    manual_gc: bool = option(False, help="run Python's garbage collector at fixed iterations only, at the same time on all ranks")
+    manual_gc: bool = option(
+        False, help="run Python's garbage collector at fixed iterations only, at the same time on all ranks"
+    )
     manual_gc_interval: int = option(0, help="iterations between collections; 0: never")
     deterministic: bool = option(False, help="use deterministic kernels only: two runs give the same bits")
     sanity_checks: bool = option(False, help="check at each log interval that replicated parameters agree on all ranks")
@@ -272,7 +302,13 @@ class TokenizerConfig:
 
     tokenizer_type: str = option(
         "PretrainedFromHF",
-        choices=("PretrainedFromHF", "Llama2Tokenizer", "GPTSentencePieceTokenizer", "GPT2BPETokenizer", "NullTokenizer"),
+        choices=(
+            "PretrainedFromHF",
+            "Llama2Tokenizer",
+            "GPTSentencePieceTokenizer",
+            "GPT2BPETokenizer",
+            "NullTokenizer",
+        ),
         help="kind of tokenizer",
     )
     tokenizer_name_or_path: str | None = option(None, help="Hugging Face tokenizer folder")
@@ -292,7 +328,9 @@ class CheckpointConfig:
     save: str | None = option(None, help="folder of checkpoints, metrics and plots")
     save_interval: int | None = option(None, help="iterations between checkpoints")
     load: str | None = option(None, help="checkpoint or Hugging Face folder to start from")
-    pretrained_checkpoint: str | None = option(None, help="folder of weights to start from when --load holds no checkpoint")
+    pretrained_checkpoint: str | None = option(
+        None, help="folder of weights to start from when --load holds no checkpoint"
+    )
     ckpt_step: int | None = option(None, help="load this iteration instead of the newest complete one")
     finetune: bool = option(False, help="take only the weights: iteration 0, fresh optimizer")
     save_optimizer: bool = option(True, help="save optimizer states")
@@ -300,10 +338,14 @@ class CheckpointConfig:
     load_optimizer: bool = option(True, help="load optimizer states")
     load_rng: bool = option(True, help="load random-number states")
     use_checkpoint_args: bool = option(False, help="take the architecture from the checkpoint")
-    exit_on_missing_checkpoint: bool = option(False, help="fail when --load holds no checkpoint instead of starting fresh")
+    exit_on_missing_checkpoint: bool = option(
+        False, help="fail when --load holds no checkpoint instead of starting fresh"
+    )
     async_save: bool = option(False, help="write checkpoints in the background")
     keep_checkpoints: int | None = option(None, help="keep only the newest N checkpoints; default: all")
-    save_format: str = option("native", choices=("native", "hf"), help="format of the weights written at the end of a run")
+    save_format: str = option(
+        "native", choices=("native", "hf"), help="format of the weights written at the end of a run"
+    )
 
 
 @dataclass
@@ -329,8 +371,12 @@ class GenerateConfig:
         programs=("generate", "chat"),
     )
     prompt: list[str] | None = option(None, help="prompts to answer", programs=("generate", "chat"))
-    input: str | None = option(None, help="file of prompts: .txt with one a line, or .jsonl with the key prompt", programs=("generate",))
-    output: str | None = option(None, help="file the answers are written to, as .jsonl; default: the terminal", programs=("generate",))
+    input: str | None = option(
+        None, help="file of prompts: .txt with one a line, or .jsonl with the key prompt", programs=("generate",)
+    )
+    output: str | None = option(
+        None, help="file the answers are written to, as .jsonl; default: the terminal", programs=("generate",)
+    )
 
 
 @dataclass
@@ -338,7 +384,9 @@ class EvaluateConfig:
     """Benchmarks."""
 
     task: list[str] | None = option(None, help="benchmarks to run")
-    task_data_path: list[str] | None = option(None, help="folders or files of the benchmarks, each path containing its name")
+    task_data_path: list[str] | None = option(
+        None, help="folders or files of the benchmarks, each path containing its name"
+    )
     evaluation_batch_size: int = option(1, help="questions answered at once")
     max_eval_samples: int | None = option(None, help="questions per subject at most; default: all")
     eval_language: str = option("en", choices=("en", "zh"), help="language of the instructions around a question")
@@ -351,7 +399,9 @@ class EvaluateConfig:
 class SourceConfig:
     """Where a configuration comes from besides the flags. These options steer its reading and are no part of it."""
 
-    config: str | None = option(None, help="YAML file of options; keys are flag names with dashes or underscores; flags win")
+    config: str | None = option(
+        None, help="YAML file of options; keys are flag names with dashes or underscores; flags win"
+    )
     model: str | None = option(None, help="architecture preset, for example llama2-7b (see `modellink models`)")
     print_config: bool = option(False, help="print the resolved configuration with the origin of each value and exit")
 

@@ -46,5 +46,7 @@ def describe(resolved: ResolvedConfig) -> str:
         f"# data-parallel size: {resolved.data_parallel}",
     ]
     if train.micro_batch_size and train.global_batch_size:
-        lines.append(f"# micro-batches per step: {train.global_batch_size // (train.micro_batch_size * resolved.data_parallel)}")
+        lines.append(
+            f"# micro-batches per step: {train.global_batch_size // (train.micro_batch_size * resolved.data_parallel)}"
+        )
     return dump(resolved) + "\n".join(lines)

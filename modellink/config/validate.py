@@ -76,7 +76,13 @@ def _model(resolved: ResolvedConfig) -> None:
             f"the architecture is not known{hint}: give {', '.join(missing)}, or --model NAME (see `modellink models`), "
             "or --load with a Hugging Face folder or a checkpoint."
         )
-    assert model.hidden_size and model.num_attention_heads and model.num_key_value_heads and model.head_dim and model.num_layers
+    assert (
+        model.hidden_size
+        and model.num_attention_heads
+        and model.num_key_value_heads
+        and model.head_dim
+        and model.num_layers
+    )
     derived_head = resolved.origins["model.head_dim"].startswith("derived")
     if derived_head and model.hidden_size % model.num_attention_heads:
         raise ModelLinkError(
@@ -90,7 +96,9 @@ def _model(resolved: ResolvedConfig) -> None:
             f"divide {flag_of('model.num_attention_heads')}."
         )
     if model.position_embedding == "learned_absolute" and model.max_position_embeddings is None:
-        raise ModelLinkError(f"learned positions need {flag_of('model.max_position_embeddings')}, or choose --position-embedding-type rope.")
+        raise ModelLinkError(
+            f"learned positions need {flag_of('model.max_position_embeddings')}, or choose --position-embedding-type rope."
+        )
     if data.seq_length and model.max_position_embeddings and data.seq_length > model.max_position_embeddings:
         raise ModelLinkError(
             f"{_given(resolved, 'data.seq_length')} is longer than {_given(resolved, 'model.max_position_embeddings')} "
@@ -103,7 +111,11 @@ def _model(resolved: ResolvedConfig) -> None:
         )
     if model.position_embedding == "alibi" and model.sliding_window:
         raise ModelLinkError("ALiBi positions and --sliding-window exclude each other: leave one out.")
-    if model.rope_scaling in ("llama3", "yarn") and model.position_embedding == "rope" and not model.rope_original_max_position:
+    if (
+        model.rope_scaling in ("llama3", "yarn")
+        and model.position_embedding == "rope"
+        and not model.rope_original_max_position
+    ):
         raise ModelLinkError(
             f"{_given(resolved, 'model.rope_scaling')} needs the window the model was trained on: "
             f"give {flag_of('model.rope_original_max_position')} (8192 for Llama 3.1)."
@@ -119,7 +131,10 @@ def _layout(resolved: ResolvedConfig) -> None:
     config = resolved.config
     model, parallel, tensor = config.model, config.parallel, config.parallel.tensor_parallel
     for path, remedy in (
-        ("parallel.context_parallel", "shorten the sequence or raise --tensor-model-parallel-size with --sequence-parallel"),
+        (
+            "parallel.context_parallel",
+            "shorten the sequence or raise --tensor-model-parallel-size with --sequence-parallel",
+        ),
         ("parallel.expert_parallel", "use a dense model with --expert-model-parallel-size 1"),
     ):
         if resolved.get(path) > 1:
@@ -155,7 +170,9 @@ def _layout(resolved: ResolvedConfig) -> None:
     if parallel.distributed_optimizer and parallel.zero_stage == 0:
         raise ModelLinkError("--zero-stage 0 contradicts --use-distributed-optimizer, which is stage 1: leave one out.")
     if parallel.recompute_granularity is None and (parallel.recompute_method or parallel.recompute_num_layers):
-        resolved.warnings.append("--recompute-method and --recompute-num-layers: no effect without --recompute-granularity full")
+        resolved.warnings.append(
+            "--recompute-method and --recompute-num-layers: no effect without --recompute-granularity full"
+        )
     if parallel.recompute_granularity == "selective" and parallel.recompute_method:
         raise ModelLinkError("--recompute-method belongs to --recompute-granularity full: leave it out with selective.")
     assert model.num_layers
@@ -220,11 +237,17 @@ def _rampup(resolved: ResolvedConfig, rampup: list[int], target: int, at_once: i
         raise ModelLinkError(f"{shown} needs three numbers: first batch size, increment, samples of the ramp.")
     start, increment, samples = rampup
     if min(rampup) <= 0 or start > target or (target - start) % increment:
-        raise ModelLinkError(f"{shown} does not reach --global-batch-size {target} in whole positive steps: change the increment.")
+        raise ModelLinkError(
+            f"{shown} does not reach --global-batch-size {target} in whole positive steps: change the increment."
+        )
     if start % at_once or increment % at_once:
-        raise ModelLinkError(f"{shown}: the first size and the increment must be multiples of {at_once} (micro batch x data parallel).")
+        raise ModelLinkError(
+            f"{shown}: the first size and the increment must be multiples of {at_once} (micro batch x data parallel)."
+        )
     if resolved.config.train.train_samples is None:
-        raise ModelLinkError("--rampup-batch-size needs the length of the run in samples: give --train-samples, not --train-iters.")
+        raise ModelLinkError(
+            "--rampup-batch-size needs the length of the run in samples: give --train-samples, not --train-iters."
+        )
 
 
 def _optimizer(resolved: ResolvedConfig) -> None:
@@ -232,22 +255,31 @@ def _optimizer(resolved: ResolvedConfig) -> None:
     if optimizer.bf16 and optimizer.fp16:
         raise ModelLinkError("--bf16 and --fp16 exclude each other: leave one out.")
     if optimizer.split_master and not optimizer.bf16:
-        raise ModelLinkError("--reuse-fp32-param splits fp32 masters into bf16 weights and remainders: it needs --bf16.")
+        raise ModelLinkError(
+            "--reuse-fp32-param splits fp32 masters into bf16 weights and remainders: it needs --bf16."
+        )
     if optimizer.lr is not None and optimizer.min_lr > optimizer.lr:
         raise ModelLinkError(f"--min-lr {optimizer.min_lr} is above --lr {optimizer.lr}: lower it.")
     warmups = [n for n in ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction") if getattr(optimizer, n)]
     if len(warmups) > 1:
-        raise ModelLinkError(f"{' and '.join(flag_of(f'optimizer.{n}') for n in warmups)} exclude each other: keep one.")
+        raise ModelLinkError(
+            f"{' and '.join(flag_of(f'optimizer.{n}') for n in warmups)} exclude each other: keep one."
+        )
     if optimizer.lr_warmup_fraction is not None and not 0 <= optimizer.lr_warmup_fraction <= 1:
         raise ModelLinkError(f"--lr-warmup-fraction must be between 0 and 1, not {optimizer.lr_warmup_fraction}.")
     decay = optimizer.lr_decay_iters or resolved.config.train.train_iters
     if decay and optimizer.lr_warmup_iters > decay:
-        raise ModelLinkError(f"--lr-warmup-iters {optimizer.lr_warmup_iters} is longer than the decay of {decay} iterations.")
+        raise ModelLinkError(
+            f"--lr-warmup-iters {optimizer.lr_warmup_iters} is longer than the decay of {decay} iterations."
+        )
     if optimizer.override_schedule and optimizer.use_checkpoint_schedule:
         raise ModelLinkError(
             f"{flag_of('optimizer.override_schedule')} and {flag_of('optimizer.use_checkpoint_schedule')} exclude each other."
         )
-    if optimizer.weight_decay_incr_style != "constant" and None in (optimizer.start_weight_decay, optimizer.end_weight_decay):
+    if optimizer.weight_decay_incr_style != "constant" and None in (
+        optimizer.start_weight_decay,
+        optimizer.end_weight_decay,
+    ):
         raise ModelLinkError(
             f"--weight-decay-incr-style {optimizer.weight_decay_incr_style} needs --start-weight-decay and --end-weight-decay."
         )
@@ -263,9 +295,13 @@ def _required_to_train(resolved: ResolvedConfig) -> None:
     data = config.data
     parts = data.train_data_path or data.valid_data_path or data.test_data_path
     if data.data_path and parts:
-        raise ModelLinkError("--data-path excludes --train-data-path, --valid-data-path and --test-data-path: keep one kind.")
+        raise ModelLinkError(
+            "--data-path excludes --train-data-path, --valid-data-path and --test-data-path: keep one kind."
+        )
     if not (data.data_path or parts or data.mock_data):
-        raise ModelLinkError("there is nothing to train on: give --data-path PREFIX (of PREFIX.bin and PREFIX.idx) or --mock-data.")
+        raise ModelLinkError(
+            "there is nothing to train on: give --data-path PREFIX (of PREFIX.bin and PREFIX.idx) or --mock-data."
+        )
     tokenizer = config.tokenizer
     named = tokenizer.tokenizer_name_or_path or tokenizer.tokenizer_model or tokenizer.vocab_file
     if not named and config.model.padded_vocab_size is None:
