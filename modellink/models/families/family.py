@@ -1,0 +1,171 @@
+"""What a family is: one row that says how Hugging Face spells it. Rows stand in the files beside this one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from modellink.config.schema import ModelConfig
+from modellink.errors import ModelLinkError
+from modellink.models.families.spelling import ACTIVATION_NAMES, ROPE, Group, Key, Keys, window_flags, window_group
+from modellink.registry import Registry
+
+# canonical module name -> Hugging Face's, {} a layer number; our names are Llama's without "model."
+LLAMA_NAMES: dict[str, str] = {
+    "embed_tokens": "model.embed_tokens",
+    "layers.{}.input_layernorm": "model.layers.{}.input_layernorm",
+    "layers.{}.self_attn.q_proj": "model.layers.{}.self_attn.q_proj",
+    "layers.{}.self_attn.k_proj": "model.layers.{}.self_attn.k_proj",
+    "layers.{}.self_attn.v_proj": "model.layers.{}.self_attn.v_proj",
+    "layers.{}.self_attn.o_proj": "model.layers.{}.self_attn.o_proj",
+    "layers.{}.self_attn.q_norm": "model.layers.{}.self_attn.q_norm",
+    "layers.{}.self_attn.k_norm": "model.layers.{}.self_attn.k_norm",
+    "layers.{}.post_attention_layernorm": "model.layers.{}.post_attention_layernorm",
+    "layers.{}.mlp.gate_proj": "model.layers.{}.mlp.gate_proj",
+    "layers.{}.mlp.up_proj": "model.layers.{}.mlp.up_proj",
+    "layers.{}.mlp.down_proj": "model.layers.{}.mlp.down_proj",
+    "norm": "model.norm",
+    "lm_head": "lm_head",
+}
+IGNORED_TENSORS = ("rotary_emb.inv_freq", "attn.rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
+
+# the block that all families here share (spec: pre-norm, RMSNorm, gated MLP, rotary positions, no dropout on branches)
+COMMON: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "gated_mlp": True,
+    "position_embedding": "rope",
+    "qkv_bias": False,
+    "attention_output_bias": False,
+    "mlp_bias": False,
+    "lm_head_bias": False,
+    "hidden_dropout": 0.0,
+}
+
+# fields that describe a run rather than the function a model computes: no file can contradict them
+_NOT_ARCHITECTURE = frozenset(
+    "family vocab_size padded_vocab_size vocab_multiple attention_dropout hidden_dropout fp32_residual init_std"
+    " query_key_layer_scaling".split()
+)
+_SCALING_FIELDS = [field.name for field in dataclasses.fields(ModelConfig) if field.name.startswith("rope_")]
+
+
+def size_keys(
+    *, kv_heads: int | None = None, head_dim: int | None = None, tied: bool = False, epsilon: float = 1e-6
+) -> tuple[Key, ...]:
+    """The keys of sizes that every family here has; arguments are what its code assumes where the file says nothing."""
+    return (
+        Key("num_hidden_layers", "num_layers"),
+        Key("hidden_size", "hidden_size"),
+        Key("num_attention_heads", "num_attention_heads"),
+        Key("num_key_value_heads", "num_key_value_heads", kv_heads),
+        Key("head_dim", "head_dim", head_dim),
+        Key("intermediate_size", "ffn_hidden_size"),
+        Key("vocab_size", "vocab_size"),
+        Key("max_position_embeddings", "max_position_embeddings"),
+        Key("rms_norm_eps", "norm_epsilon", epsilon),
+        Key("tie_word_embeddings", "tie_word_embeddings", tied),
+        Key("attention_dropout", "attention_dropout", 0.0),
+    )
+
+
+ACTIVATION = Key("hidden_act", "activation", "silu", ACTIVATION_NAMES)
+ATTENTION_BIAS = Key("attention_bias", ("qkv_bias", "attention_output_bias"), False)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Family:
+    """One row: `covers` names the published models, `fixed` the fields that no key of the family can change."""
+
+    name: str
+    covers: str
+    architecture: str
+    model_type: str
+    keys: tuple[Key, ...]
+    groups: tuple[Group, ...] = (ROPE, window_group(None, "none"))
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    names: Mapping[str, str] = dataclasses.field(default_factory=lambda: LLAMA_NAMES)
+    ignored_tensors: tuple[str, ...] = IGNORED_TENSORS
+
+    def read(self, content: Mapping[str, Any], where: str) -> ModelConfig:
+        """ModelConfig of a parsed config.json, derived sizes filled in; `where` names the file in errors.
+
+        The padded vocabulary is left open: it depends on the layout. Raises ModelLinkError for a key that is missing, has a
+        value that is not implemented, or is not known and not cosmetic.
+        """
+        keys = Keys(content, where)
+        fields: dict[str, Any] = {"family": self.name, **COMMON, **self.fixed}
+        for part in (*self.keys, *self.groups):
+            fields.update(part.read(keys))
+        keys.finish({key.name for key in self.keys})
+        config = ModelConfig(**fields).resolve()
+        _check_sizes(config, where)
+        return config
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        """config.json of `config` in the published spelling; raises ModelLinkError when this family cannot express it."""
+        lost = self.lost(config)
+        if lost:
+            able = [row.name for row in all_families() if not row.lost(config)]
+            fix = f"families that can: {', '.join(able)}" if able else "no family here can, so keep the native format"
+            raise ModelLinkError(f"the Hugging Face format of family {self.name!r} cannot express {lost}; {fix}.")
+        return self._spell(config)
+
+    def lost(self, config: ModelConfig) -> str:
+        """The first field whose value would not survive being written and read back, as "name=value"; "" when all do."""
+        try:
+            back = _effective(self.read(self._spell(config), "config.json"))
+        except ModelLinkError as error:
+            return str(error).rstrip(".")
+        for name, value in _effective(config).items():
+            if back[name] != value:
+                return f"{name}={value!r}"
+        return ""
+
+    def _spell(self, config: ModelConfig) -> dict[str, Any]:
+        content: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_type}
+        for part in (*self.keys, *self.groups):
+            content.update(part.write(config))
+        return content
+
+
+def _effective(config: ModelConfig) -> dict[str, Any]:
+    """The fields that matter for the function computed; switches that are off are normalised away."""
+    fields = {name: value for name, value in dataclasses.asdict(config.resolve()).items() if name not in _NOT_ARCHITECTURE}
+    if config.position_embedding != "rope":
+        for name in _SCALING_FIELDS:
+            fields.pop(name)
+    elif config.rope_scaling is None:
+        defaults = ModelConfig()
+        for name in _SCALING_FIELDS:
+            if name not in ("rope_theta", "rope_fraction", "rope_interleaved"):
+                fields[name] = getattr(defaults, name)
+    fields["window_layers"] = window_flags(config)
+    if not any(fields["window_layers"]):
+        fields["sliding_window"] = None
+    fields["query_scale"] = config.query_scale or fields["head_dim"]
+    return fields
+
+
+def _check_sizes(config: ModelConfig, where: str) -> None:
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "ffn_hidden_size", "vocab_size"):
+        value = getattr(config, name)
+        if value is None or value < 1:
+            raise ModelLinkError(f"{where}: {name} = {value} must be at least 1.")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ModelLinkError(
+            f"{where}: {config.num_attention_heads} query heads are not a multiple of {config.num_key_value_heads} key/value heads."
+        )
+
+
+FAMILIES: Registry[Family] = Registry("family")
+
+
+def add(family: Family, *aliases: str) -> Family:
+    """Register a row under its name and the names its models go by."""
+    return FAMILIES.add(family.name, family, *aliases)
+
+
+def all_families() -> list[Family]:
+    """Every row once, in order of registration."""
+    return list(dict.fromkeys(FAMILIES.get(name) for name in FAMILIES))
