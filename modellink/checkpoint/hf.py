@@ -1,9 +1,9 @@
 """Weights from and to Hugging Face folders, streamed tensor by tensor into and out of models that may be sharded.
 
-Loading checks the whole folder against the architecture (names and shapes, from file headers) before it writes the first value, on
-every rank alike, so a model is never half loaded; then each rank reads only the rows and columns it holds. Saving writes shards as
-tensors arrive, in a temporary folder that takes the final name once it is complete. Names come from the family's row, in both
-directions from the same table.
+Loading checks the whole folder against the architecture (names and shapes, from file headers) before it writes the
+first value, on every rank alike, so a model is never half loaded; then each rank reads only the rows and columns it
+holds. Saving writes shards as tensors arrive, in a temporary folder that takes the final name once it is complete.
+Names come from the family's row, in both directions from the same table.
 """
 
 from __future__ import annotations
@@ -45,9 +45,20 @@ __all__ = ["HFWeights", "family_of", "is_hf_folder", "load_hf", "read_config", "
 
 _VOCABULARY = ("embed_tokens.weight", "lm_head.weight", "lm_head.bias")
 _EMBEDDING, _HEAD = _VOCABULARY[:2]
-_WRITER = {"format": "pt", "writer": "modellink"}  # transformers wants "format"; "writer" says that a folder is ours to replace
+_WRITER = {
+    "format": "pt",
+    "writer": "modellink",
+}  # transformers wants "format"; "writer" says that a folder is ours to replace
 _COMPANIONS = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken", "chat_template*"),
+    *(
+        "tokenizer*",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.*",
+        "merges.txt",
+        "*.tiktoken",
+        "chat_template*",
+    ),
     *("generation_config.json", "configuration_*.py", "modeling_*.py", "tokenization_*.py", "LICENSE*"),
 )
 
@@ -55,9 +66,9 @@ _COMPANIONS = (
 def load_hf(model: Decoder, folder: str | Path, *, progress: bool = True, check_finite: bool = False) -> None:
     """Fill the parameters that `model` holds (all, a pipeline stage's, or shards of them) from a Hugging Face folder.
 
-    Values are cast to each parameter's dtype; rows that pad the vocabulary repeat the last real one. Raises ModelLinkError, before
-    anything is written, for missing, surplus or misshapen tensors and damaged files; with `check_finite` also, while reading,
-    for NaN and infinity.
+    Values are cast to each parameter's dtype; rows that pad the vocabulary repeat the last real one. Raises
+    ModelLinkError, before anything is written, for missing, surplus or misshapen tensors and damaged files; with
+    `check_finite` also, while reading, for NaN and infinity.
     """
     weights = HFWeights(folder)
     family = FAMILIES.get(model.config.family)
@@ -105,7 +116,7 @@ def _check_folder(weights: HFWeights, config: ModelConfig, shapes: dict[str, tup
             _check_tied(weights[name], weights[to_hf(family, _EMBEDDING)])
             continue
         raise ModelLinkError(
-            f"{weights[name].file}: tensor {name!r} has no place in a {family.name} model with {config.num_layers} layers;"
+            f"{weights[name].file}: tensor {name!r} fits nowhere in a {family.name} model of {config.num_layers} layers:"
             " its configuration does not belong to these weights."
         )
 
@@ -152,11 +163,11 @@ def save_hf(
 ) -> None:
     """Write a Hugging Face folder that transformers loads from `tensors`, pairs of canonical name and full CPU tensor.
 
-    One shard at a time is held in memory. `dtype` casts (default: as they come); `vocab_size` (default: the config's) cuts the
-    padding of the vocabulary. `tokenizer_from`, a folder, gives tokenizer, generation settings and model code files, and the
-    keys of its config.json that no option holds unless `extras` gives them. The folder appears complete or not at all; one
-    that exists is replaced only if it is empty or was written by this function. Raises ModelLinkError when the family cannot
-    express the model, or tensors are missing, surplus or misshapen.
+    One shard at a time is held in memory. `dtype` casts (default: as they come); `vocab_size` (default: the config's)
+    cuts the padding of the vocabulary. `tokenizer_from`, a folder, gives tokenizer, generation settings and model code
+    files, and the keys of its config.json that no option holds unless `extras` gives them. The folder appears complete
+    or not at all; one that exists is replaced only if it is empty or was written by this function. Raises
+    ModelLinkError when the family cannot express the model, or tensors are missing, surplus or misshapen.
     """
     target = Path(folder)
     _check_replaceable(target)
@@ -189,19 +200,23 @@ def _translated(
     missing = expected_shapes(dataclasses.replace(config, padded_vocab_size=config.vocab_size))
     for canonical, tensor in tensors:
         if canonical not in missing:
-            raise ModelLinkError(f"cannot export {canonical!r}: a {family.name} model of this shape has no such tensor, or it came twice.")
+            raise ModelLinkError(
+                f"cannot export {canonical!r}: a {family.name} model of this shape has none, or has it once."
+            )
         shape = missing.pop(canonical)
         if canonical in _VOCABULARY:
             tensor = tensor[: config.vocab_size]
         if tuple(tensor.shape) != shape:
-            raise ModelLinkError(f"cannot export {canonical!r}: its shape is {list(tensor.shape)}, the model's {list(shape)}.")
+            raise ModelLinkError(
+                f"cannot export {canonical!r}: its shape is {list(tensor.shape)}, the model's {list(shape)}."
+            )
         yield to_hf(family, canonical), tensor.detach().to(dtype or tensor.dtype).contiguous()
     if missing:
         raise ModelLinkError(f"cannot export: {len(missing)} tensors never came, the first is {next(iter(missing))!r}.")
 
 
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> torch.dtype:
-    """Write safetensors files of at most `max_shard_bytes` (but whole tensors) and their index; return the largest dtype used."""
+    """Write safetensors files of at most `max_shard_bytes` (but whole tensors), their index; return the main dtype."""
     shards: list[list[str]] = []
     held: dict[str, Tensor] = {}
     total = size = 0
@@ -249,7 +264,9 @@ def _check_replaceable(target: Path) -> None:
     if target.is_dir() and not any(target.iterdir()):
         return
     if target.exists() and not (target.is_dir() and _is_ours(target)):
-        raise ModelLinkError(f"{target} exists and was not written by ModelLink; give another folder or remove it yourself.")
+        raise ModelLinkError(
+            f"{target} exists and was not written by ModelLink; give another folder or remove it yourself."
+        )
 
 
 def _is_ours(folder: Path) -> bool:

@@ -1,6 +1,7 @@
 """config.json of a Hugging Face folder: which family it is, its ModelConfig, and what else must survive a round trip.
 
-The file is read by the family's own row (models/families), so nothing here knows an architecture. Nothing here imports torch.
+The file is read by the family's own row (models/families), so nothing here knows an architecture. Nothing here imports
+torch.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from modellink.config.schema import ModelConfig
 from modellink.errors import ModelLinkError
 from modellink.models.families import FAMILIES, Family
 from modellink.models.families.family import all_families
-from modellink.models.families.spelling import COSMETIC_KEYS, TOKEN_KEYS
+from modellink.models.families.spelling import COSMETIC_KEYS, TOKEN_KEYS, words
 from modellink.registry import suggest
 
 CONFIG_NAME = "config.json"
 # written afresh on export, or true only of the software that wrote the source
-_NOT_CARRIED = frozenset("architectures model_type torch_dtype dtype transformers_version _name_or_path name_or_path _commit_hash".split())
+_NOT_CARRIED = words(
+    """architectures model_type torch_dtype dtype transformers_version
+    _name_or_path name_or_path _commit_hash"""
+)
 
 
 def is_hf_folder(path: str | Path) -> bool:
@@ -47,7 +51,7 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 
 def read_extras(folder: str | Path) -> dict[str, Any]:
-    """The keys of config.json that no ModelConfig field holds and an export should repeat (token ids, auto_map, ...)."""
+    """The keys of config.json that no ModelConfig field holds and an export repeats (token ids, auto_map, ...)."""
     content = _read_json(Path(folder) / CONFIG_NAME)
     return {key: value for key, value in content.items() if key in COSMETIC_KEYS - _NOT_CARRIED}
 
@@ -67,7 +71,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelLinkError(f"{path} does not exist; a Hugging Face folder holds config.json beside its weights.") from None
+        raise ModelLinkError(
+            f"{path} does not exist; a Hugging Face folder holds config.json beside its weights."
+        ) from None
     except NotADirectoryError:
         raise ModelLinkError(f"{path.parent} is a file, not a Hugging Face folder.") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -1,8 +1,8 @@
 """The tensors of a Hugging Face folder by name, read a region at a time.
 
-One safetensors file, several with an index, or PyTorch files (`pytorch_model.bin`, read with `weights_only=True`, so nothing is
-executed) look the same from outside. Opening reads headers only and fails, naming the file, where one is missing, cut short or
-damaged; a region read later costs the bytes of that region.
+One safetensors file, several with an index, or PyTorch files (`pytorch_model.bin`, read with `weights_only=True`, so
+nothing is executed) look the same from outside. Opening reads headers only and fails, naming the file, where one is
+missing, cut short or damaged; a region read later costs the bytes of that region.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ class StoredTensor:
         try:
             piece: Tensor = self.source[(slice(low, max(stored, low + 1)), *others)]
         except (SafetensorError, OSError) as error:
-            raise ModelLinkError(f"{self.file}: tensor {self.name!r} cannot be read ({error}); fetch the file again.") from None
+            raise ModelLinkError(
+                f"{self.file}: tensor {self.name!r} cannot be read ({error}); fetch the file again."
+            ) from None
         if end <= self.shape[0]:
             return piece
         padding = piece[-1:].expand(end - max(start, self.shape[0]), *piece.shape[1:])
@@ -70,11 +72,15 @@ class HFWeights:
             found = _open_safetensors(file) if file.suffix == ".safetensors" else _open_torch(file)
             for tensor in found:
                 if tensor.name in self._tensors:
-                    raise ModelLinkError(f"{file}: tensor {tensor.name!r} is also in {self._tensors[tensor.name].file.name}.")
+                    raise ModelLinkError(
+                        f"{file}: tensor {tensor.name!r} is also in {self._tensors[tensor.name].file.name}."
+                    )
                 self._tensors[tensor.name] = tensor
         for name, file in index.items():
             if name not in self._tensors:
-                raise ModelLinkError(f"{self.folder / file} lacks the tensor {name!r} that the index promises; fetch the file again.")
+                raise ModelLinkError(
+                    f"{self.folder / file} lacks the tensor {name!r} that the index promises; fetch the file again."
+                )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -99,7 +105,8 @@ class HFWeights:
                         raise ModelLinkError(f"{file} is missing; {index_path.name} lists it. Fetch the file.")
                 return files, index
         raise ModelLinkError(
-            f"{self.folder} holds no weights: none of {SAFE_SINGLE}, {SAFE_INDEX}, {TORCH_SINGLE}, {TORCH_INDEX} exists."
+            f"{self.folder} holds no weights:"
+            f" none of {SAFE_SINGLE}, {SAFE_INDEX}, {TORCH_SINGLE}, {TORCH_INDEX} exists."
         )
 
 
@@ -120,9 +127,11 @@ def _open_safetensors(file: Path) -> list[StoredTensor]:
     except (SafetensorError, OSError) as error:
         raise ModelLinkError(f"{file} is damaged or cut short ({error}); fetch the file again.") from None
     found = []
-    for name in handle.keys():
+    for name in sorted(handle.keys()):
         source = handle.get_slice(name)
-        found.append(_checked(file, name, source, tuple(source.get_shape()), _FLOATS.get(source.get_dtype()), source.get_dtype()))
+        found.append(
+            _checked(file, name, source, tuple(source.get_shape()), _FLOATS.get(source.get_dtype()), source.get_dtype())
+        )
     return found
 
 
@@ -132,7 +141,9 @@ def _open_torch(file: Path) -> list[StoredTensor]:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else repr(error)
-        raise ModelLinkError(f"{file} is damaged, or holds more than tensors ({reason}); fetch it as safetensors.") from None
+        raise ModelLinkError(
+            f"{file} is damaged, or holds more than tensors ({reason}); fetch it as safetensors."
+        ) from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ModelLinkError(f"{file} does not hold a plain dictionary of tensors.")
     floats = set(_FLOATS.values())
@@ -147,6 +158,6 @@ def _checked(
 ) -> StoredTensor:
     if dtype is None:
         raise ModelLinkError(
-            f"{file}: tensor {name!r} is stored as {stored}; quantised checkpoints are not read, take the float version."
+            f"{file}: tensor {name!r} is stored as {stored}; quantised weights are not read, take the float version."
         )
     return StoredTensor(file, name, source, shape, dtype)

@@ -1,7 +1,7 @@
 """Names of tensors in a family's Hugging Face files, both ways from the one table of its row.
 
-A row maps module names (`layers.{}.self_attn.q_proj`); a parameter keeps its last part (`.weight`, `.bias`). The layer number is
-the only thing that varies, so a name is looked up, never searched for.
+A row maps module names (`layers.{}.self_attn.q_proj`); a parameter keeps its last part (`.weight`, `.bias`). The layer
+number is the only thing that varies, so a name is looked up, never searched for.
 """
 
 from __future__ import annotations

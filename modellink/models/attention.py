@@ -1,8 +1,9 @@
 """Grouped-query attention: projections, rotation, and a core that may be exchanged.
 
-The projections see only local shapes (`view(..., -1, K)`), so a column shard of q/k/v is simply fewer heads. What happens between
-rotated q, k, v and the weighted sum is `AttentionCore`; context parallelism replaces that one module and nothing else.
-Legend: B batch, S query length, T key length, D hidden, H query heads, G key/value heads, K head size.
+The projections see only local shapes (`view(..., -1, K)`), so a column shard of q/k/v is simply fewer heads. What
+happens between rotated q, k, v and the weighted sum is `AttentionCore`; context parallelism replaces that one module
+and nothing else. Legend: B batch, S query length, T key length, D hidden, H query heads, G key/value heads, K head
+size.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ def alibi_slopes(heads: int) -> Tensor:
 
 
 class AttentionMask:
-    """Who may look at whom in one forward pass. Causal; dense tensors are built only when a kernel needs them, then kept.
+    """Who may look at whom in one forward pass. Causal; dense masks are built only when a kernel needs one, then kept.
 
-    query_length S queries are the last of key_length T positions. `first_key` int [B] masks the keys before it (left padding).
+    query_length S queries are the last of key_length T positions. `first_key` int [B] masks the keys before it (left
+    padding).
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class AttentionMask:
         return query[:, None] - key[None, :]
 
     def dense(self, window: int | None) -> Tensor:
-        """bool [S, T] or [B, 1, S, T]: True where the key may be seen. A row that sees nothing (padding) sees itself."""
+        """bool [S, T] or [B, 1, S, T]: True where the key may be seen. Rows that see nothing (padding) see self."""
         if window not in self._dense:
             distance = self.distances()
             allowed = distance >= 0

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class LayerCache:
-    """One layer's keys and values, grown in place: storage doubles when it is full, so appending costs O(1) amortised."""
+    """One layer's keys and values, grown in place: full storage doubles, so appending costs O(1) amortised."""
 
     def __init__(self, capacity: int = 64) -> None:
         self.capacity = capacity

@@ -5,8 +5,9 @@
     layer:  x ─▶ input_layernorm ─▶ self_attn ─▶ (attention_output_norm) ─▶ + x
             x ─▶ post_attention_layernorm ─▶ mlp ─▶ (mlp_output_norm)    ─▶ + x
 
-A pipeline stage is the same class built for a range of layers: the first holds the embedding, the last the final norm and the
-output matrix, and parameter names are those of the whole model. Legend: B batch, S sequence, D hidden, V padded vocabulary.
+A pipeline stage is the same class built for a range of layers: the first holds the embedding, the last the final norm
+and the output matrix, and parameter names are those of the whole model. Legend: B batch, S sequence, D hidden, V padded
+vocabulary.
 """
 
 from __future__ import annotations
@@ -143,9 +144,9 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Token ids int [B, S] on the first stage, hidden states [B, S, D] on later ones -> logits or hidden states.
 
-        position_ids int [B, S] or [S], default 0.. after what the cache holds. first_key int [B]: keys before it are left
-        padding. sequence_length S is needed only where x holds a shard of the sequence. last_only keeps the last position's
-        logits, [B, 1, V].
+        position_ids int [B, S] or [S], default 0.. after what the cache holds. first_key int [B]: keys before it are
+        left padding. sequence_length S is needed only where x holds a shard of the sequence. last_only keeps the last
+        position's logits, [B, 1, V].
         """
         past = cache.length if cache is not None else 0
         length = sequence_length or x.shape[1]

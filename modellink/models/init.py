@@ -1,8 +1,8 @@
 """Initial weights, a pure function of (seed, parameter name, full shape): the same at every parallel layout.
 
-Each tensor is drawn in full on the CPU from a generator seeded by its name and then cut to the local shard, so changing the
-number of ranks or stages changes no bit of the start. normal(0, std); outputs of attention and MLP std / sqrt(2 L); norms one
-(zero when stored minus one); biases zero. Source: Megatron-LM's initialisation (spec e.1).
+Each tensor is drawn in full on the CPU from a generator seeded by its name and then cut to the local shard, so changing
+the number of ranks or stages changes no bit of the start. normal(0, std); outputs of attention and MLP std / sqrt(2 L);
+norms one (zero when stored minus one); biases zero. Source: Megatron-LM's initialisation (spec e.1).
 """
 
 from __future__ import annotations

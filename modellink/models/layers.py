@@ -16,8 +16,8 @@ from modellink.config.schema import ModelConfig
 class RMSNorm(nn.Module):
     """x / rms(x) * w, statistics in fp32 (Zhang & Sennrich, arXiv:1910.07467).
 
-    The product with the weight is taken after casting back to the input dtype (Llama) or before (`weight_in_fp32`, Gemma);
-    the two differ in bf16. With `offset` the weight is stored minus one.
+    The product with the weight is taken after casting back to the input dtype (Llama) or before (`weight_in_fp32`,
+    Gemma); the two differ in bf16. With `offset` the weight is stored minus one.
     """
 
     def __init__(self, size: int, epsilon: float, offset: bool = False, weight_in_fp32: bool = False) -> None:
@@ -59,8 +59,8 @@ def make_norm(config: ModelConfig, size: int) -> RMSNorm | LayerNorm:
 class Dropout(nn.Module):
     """Dropout whose random stream can be exchanged.
 
-    `region` is a context manager factory entered around the draw. Where activations are sharded the shards need different
-    streams, where they are replicated the same one; whoever shards the model hands in the right region.
+    `region` is a context manager factory entered around the draw. Where activations are sharded the shards need
+    different streams, where they are replicated the same one; whoever shards the model hands in the right region.
     """
 
     def __init__(self, p: float) -> None:

@@ -1,8 +1,8 @@
 """Rotary position embedding (Su et al., arXiv:2104.09864) and the rules that stretch it to longer contexts.
 
-A rotation table is computed once per forward pass from the position ids and handed to every layer, so that pipeline stages,
-sequence shards and packed documents need only the right positions. Frequencies and angles are fp32; cos and sin are cast to the
-activation dtype before they multiply, as the Hugging Face models do.
+A rotation table is computed once per forward pass from the position ids and handed to every layer, so that pipeline
+stages, sequence shards and packed documents need only the right positions. Frequencies and angles are fp32; cos and sin
+are cast to the activation dtype before they multiply, as the Hugging Face models do.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _llama3_frequencies(inv_freq: Tensor, config: ModelConfig) -> Tensor:
 
 
 def _yarn_frequencies(inv_freq: Tensor, rotated: int, config: ModelConfig) -> Tensor:
-    """YaRN: interpolate slow dimensions, keep fast ones, ramp between the dimensions of beta_fast and beta_slow rotations."""
+    """YaRN: interpolate slow dimensions, keep fast ones, ramp between those of beta_fast and beta_slow rotations."""
     window = config.rope_original_max_position
 
     def dimension_of(rotations: float) -> float:

@@ -8,7 +8,16 @@ from typing import Any
 
 from modellink.config.schema import ModelConfig
 from modellink.errors import ModelLinkError
-from modellink.models.families.spelling import ACTIVATION_NAMES, ROPE, Group, Key, Keys, window_flags, window_group
+from modellink.models.families.spelling import (
+    ACTIVATION_NAMES,
+    ROPE,
+    Group,
+    Key,
+    Keys,
+    window_flags,
+    window_group,
+    words,
+)
 from modellink.registry import Registry
 
 # canonical module name -> Hugging Face's, {} a layer number; our names are Llama's without "model."
@@ -43,9 +52,9 @@ COMMON: dict[str, Any] = {
 }
 
 # fields that describe a run rather than the function a model computes: no file can contradict them
-_NOT_ARCHITECTURE = frozenset(
-    "family vocab_size padded_vocab_size vocab_multiple attention_dropout hidden_dropout fp32_residual init_std"
-    " query_key_layer_scaling".split()
+_NOT_ARCHITECTURE = words(
+    """family vocab_size padded_vocab_size vocab_multiple attention_dropout hidden_dropout fp32_residual init_std
+    query_key_layer_scaling"""
 )
 _SCALING_FIELDS = [field.name for field in dataclasses.fields(ModelConfig) if field.name.startswith("rope_")]
 
@@ -90,8 +99,8 @@ class Family:
     def read(self, content: Mapping[str, Any], where: str) -> ModelConfig:
         """ModelConfig of a parsed config.json, derived sizes filled in; `where` names the file in errors.
 
-        The padded vocabulary is left open: it depends on the layout. Raises ModelLinkError for a key that is missing, has a
-        value that is not implemented, or is not known and not cosmetic.
+        The padded vocabulary is left open: it depends on the layout. Raises ModelLinkError for a key that is missing,
+        has a value that is not implemented, or is not known and not cosmetic.
         """
         keys = Keys(content, where)
         fields: dict[str, Any] = {"family": self.name, **COMMON, **self.fixed}
@@ -103,7 +112,7 @@ class Family:
         return config
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
-        """config.json of `config` in the published spelling; raises ModelLinkError when this family cannot express it."""
+        """config.json of `config` in the published spelling; ModelLinkError when the family cannot express it."""
         lost = self.lost(config)
         if lost:
             able = [row.name for row in all_families() if not row.lost(config)]
@@ -112,7 +121,7 @@ class Family:
         return self._spell(config)
 
     def lost(self, config: ModelConfig) -> str:
-        """The first field whose value would not survive being written and read back, as "name=value"; "" when all do."""
+        """The first field whose value would not survive being written and read, as "name=value"; "" when all do."""
         try:
             back = _effective(self.read(self._spell(config), "config.json"))
         except ModelLinkError as error:
@@ -131,7 +140,9 @@ class Family:
 
 def _effective(config: ModelConfig) -> dict[str, Any]:
     """The fields that matter for the function computed; switches that are off are normalised away."""
-    fields = {name: value for name, value in dataclasses.asdict(config.resolve()).items() if name not in _NOT_ARCHITECTURE}
+    fields = {
+        name: value for name, value in dataclasses.asdict(config.resolve()).items() if name not in _NOT_ARCHITECTURE
+    }
     if config.position_embedding != "rope":
         for name in _SCALING_FIELDS:
             fields.pop(name)
@@ -148,13 +159,22 @@ def _effective(config: ModelConfig) -> dict[str, Any]:
 
 
 def _check_sizes(config: ModelConfig, where: str) -> None:
-    for name in ("num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "ffn_hidden_size", "vocab_size"):
+    for name in (
+        "num_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "ffn_hidden_size",
+        "vocab_size",
+    ):
         value = getattr(config, name)
         if value is None or value < 1:
             raise ModelLinkError(f"{where}: {name} = {value} must be at least 1.")
     if config.num_attention_heads % config.num_key_value_heads:
         raise ModelLinkError(
-            f"{where}: {config.num_attention_heads} query heads are not a multiple of {config.num_key_value_heads} key/value heads."
+            f"{where}: {config.num_attention_heads} query heads are not a multiple of"
+            f" {config.num_key_value_heads} key/value heads."
         )
 
 

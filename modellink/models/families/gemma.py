@@ -1,4 +1,4 @@
-"""Gemma: embeddings times sqrt(hidden), norms stored minus one, tanh-gelu gate; Gemma2 adds sandwich norms, soft caps, windows."""
+"""Gemma: embeddings times sqrt(hidden), norms stored minus one, tanh-gelu; Gemma2: branch norms, soft caps, windows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from modellink.models.families.spelling import ACTIVATION_NAMES, ROPE, Group, Ke
 
 
 def _read_activation(keys: Keys) -> dict[str, Any]:
-    """hidden_act "gelu" in early files means the tanh form, which the published code always used; hidden_activation is literal."""
+    """hidden_act "gelu" in early files means the tanh form, which the code always used; hidden_activation is exact."""
     meant = []
     for name in ("hidden_act", "hidden_activation"):
         value = keys.take(name)

@@ -43,7 +43,7 @@ AQUILA = add(
 
 
 def _read_rotary(keys: Keys) -> dict[str, Any]:
-    """rotary {"base", "type": "origin" | "dynamic", "scaling_factor"}; early files have none and mean plain rotation."""
+    """rotary {"base", "type": "origin" | "dynamic", "scaling_factor"}; early files have none and rotate plainly."""
     rotary = dict(keys.take("rotary") or {})
     kind, factor = rotary.pop("type", "origin"), rotary.pop("scaling_factor", 1.0)
     theta = agree(keys, "rotary.base", [keys.take("rope_theta"), rotary.pop("base", None)])

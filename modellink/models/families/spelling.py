@@ -1,10 +1,10 @@
 """How a family spells its architecture in Hugging Face's config.json: the vocabulary in which family rows are written.
 
-A row lists keys (one config.json key <-> one ModelConfig field) and groups (several keys that only make sense together, such as
-the rotary ones). The same row reads and writes. Reading consumes keys, and a key that nobody consumed is an error unless it is
-known to be cosmetic or says "off": a key ignored by mistake changes numbers silently. Both spellings are read, the published one
-(`rope_theta`, `rope_scaling`, `torch_dtype`) and that of transformers 5 (`rope_parameters`, `dtype`, `layer_types`); the
-published one is written, which transformers 4 and 5 both load. Nothing here imports torch.
+A row lists keys (one config.json key <-> one ModelConfig field) and groups (several keys that only make sense together,
+such as the rotary ones). The same row reads and writes. Reading consumes keys, and a key that nobody consumed is an
+error unless it is known to be cosmetic or says "off": a key ignored by mistake changes numbers silently. Both spellings
+are read, the published one (`rope_theta`, `rope_scaling`, `torch_dtype`) and that of transformers 5 (`rope_parameters`,
+`dtype`, `layer_types`); the published one is written, which transformers 4 and 5 both load. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -18,29 +18,33 @@ from modellink.errors import ModelLinkError
 from modellink.registry import suggest
 
 REQUIRED = object()
-_ABSENT = object()
 
-GENERATION_KEYS = frozenset(
-    "max_length min_length max_new_tokens do_sample temperature top_k top_p min_p typical_p repetition_penalty length_penalty"
-    " no_repeat_ngram_size num_beams num_beam_groups diversity_penalty early_stopping num_return_sequences bad_words_ids"
-    " encoder_no_repeat_ngram_size exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id suppress_tokens"
-    " begin_suppress_tokens remove_invalid_values output_scores return_dict_in_generate cache_implementation".split()
+
+def words(text: str) -> frozenset[str]:
+    """The words of a text as a set."""
+    return frozenset(text.split())
+
+
+GENERATION_KEYS = words(
+    """max_length min_length max_new_tokens do_sample temperature top_k top_p min_p typical_p repetition_penalty
+    length_penalty no_repeat_ngram_size num_beams num_beam_groups diversity_penalty early_stopping num_return_sequences
+    bad_words_ids encoder_no_repeat_ngram_size exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id
+    suppress_tokens begin_suppress_tokens remove_invalid_values output_scores return_dict_in_generate
+    cache_implementation"""
 )
-TOKEN_KEYS = frozenset(
-    "bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id".split()
-)
+TOKEN_KEYS = words("bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id")
 COSMETIC_KEYS = (
     GENERATION_KEYS
     | TOKEN_KEYS
-    | frozenset(
-        "architectures model_type auto_map _name_or_path name_or_path _commit_hash transformers_version torch_dtype dtype use_cache"
-        " initializer_range pretraining_tp return_dict output_attentions output_hidden_states chunk_size_feed_forward id2label"
-        " label2id num_labels problem_type finetuning_task task_specific_params tokenizer_class prefix torchscript"
-        " keys_to_ignore_at_inference attn_implementation _attn_implementation _flash_attn_2_enabled unsloth_fixed"
-        " unsloth_version model_max_length max_sequence_length".split()
+    | words(
+        """architectures model_type auto_map _name_or_path name_or_path _commit_hash transformers_version torch_dtype
+        dtype use_cache initializer_range pretraining_tp return_dict output_attentions output_hidden_states
+        chunk_size_feed_forward id2label label2id num_labels problem_type finetuning_task task_specific_params
+        tokenizer_class prefix torchscript keys_to_ignore_at_inference attn_implementation _attn_implementation
+        _flash_attn_2_enabled unsloth_fixed unsloth_version model_max_length max_sequence_length"""
     )
 )
-DROPOUT_KEYS = frozenset("hidden_dropout resid_pdrop embd_pdrop attn_pdrop embedding_dropout residual_dropout".split())
+DROPOUT_KEYS = words("hidden_dropout resid_pdrop embd_pdrop attn_pdrop embedding_dropout residual_dropout")
 
 ACTIVATION_NAMES = {
     "silu": "silu",
@@ -73,8 +77,10 @@ class Keys:
             off = value is None or value is False or value in ({}, [], "") or (name in DROPOUT_KEYS and value == 0)
             if not off and name not in COSMETIC_KEYS:
                 raise self.fail(
-                    name, value, f"is not a key that this family knows, and ignoring it could change results.{suggest(name, known)}"
-                    " Remove it if it has no effect on the model."
+                    name,
+                    value,
+                    f"is not a key that this family knows, and ignoring it could change results.{suggest(name, known)}"
+                    " Remove it if it has no effect on the model.",
                 )
 
 
@@ -105,7 +111,9 @@ class Key:
     def read(self, keys: Keys) -> dict[str, Any]:
         value = keys.take(self.name, self.default)
         if value is REQUIRED:
-            raise ModelLinkError(f"{keys.where}: the key {self.name!r} is missing; the architecture is incomplete without it.")
+            raise ModelLinkError(
+                f"{keys.where}: the key {self.name!r} is missing; the architecture is incomplete without it."
+            )
         if self.values is not None:
             if value not in self.values:
                 raise keys.fail(self.name, value, f"is not implemented; known: {', '.join(self.values)}.")
@@ -123,7 +131,7 @@ _FIELD_TYPES = {field.name: str(field.type) for field in dataclasses.fields(Mode
 
 
 def _typed(keys: Keys, name: str, value: Any, kind: str) -> Any:
-    """`value` as the type `kind` of a ModelConfig field ("int | None", "float", ...), or an error that says what it should be."""
+    """`value` as the type `kind` of a ModelConfig field ("int | None", "float", ...), or an error naming it."""
     if value is None and "None" in kind:
         return None
     plain = kind.split(" ")[0]
@@ -137,7 +145,7 @@ def _typed(keys: Keys, name: str, value: Any, kind: str) -> Any:
     raise keys.fail(name, value, f"should be of type {plain}.")
 
 
-# rope: rope_theta, rope_scaling, rope_parameters, partial_rotary_factor ------------------------------------------------------
+# rope: rope_theta, rope_scaling, rope_parameters, partial_rotary_factor ---------------------------------------------
 
 _ROPE_KEYS: dict[str, dict[str, tuple[str, Any]]] = {
     "linear": {"factor": ("rope_scaling_factor", REQUIRED)},
@@ -190,7 +198,9 @@ def _rope_dict(keys: Keys) -> dict[str, Any]:
 def read_rope(keys: Keys) -> dict[str, Any]:
     rope = _rope_dict(keys)
     theta = agree(keys, "rope_theta", [keys.take("rope_theta"), rope.pop("rope_theta", None)])
-    fraction = agree(keys, "partial_rotary_factor", [keys.take("partial_rotary_factor"), rope.pop("partial_rotary_factor", None)])
+    fraction = agree(
+        keys, "partial_rotary_factor", [keys.take("partial_rotary_factor"), rope.pop("partial_rotary_factor", None)]
+    )
     kind = agree(keys, "rope_type", [rope.pop("rope_type", None), rope.pop("type", None)]) or "default"
     fields: dict[str, Any] = {
         "rope_theta": _typed(keys, "rope_theta", 10000.0 if theta is None else theta, "float"),
@@ -205,10 +215,18 @@ def read_rope(keys: Keys) -> dict[str, Any]:
         rope[trained] = agree(keys, trained, [outside, rope.get(trained)]) or longest
     if kind == "yarn":
         rope.setdefault("factor", longest / rope["original_max_position_embeddings"])
-        if not (rope.get("mscale") and rope.get("mscale_all_dim")):  # only together do they replace the usual temperature
+        if not (
+            rope.get("mscale") and rope.get("mscale_all_dim")
+        ):  # only together do they replace the usual temperature
             rope.pop("mscale", None), rope.pop("mscale_all_dim", None)
-    if kind == "dynamic":  # the original code stretches from max_position_embeddings, pinned here against later changes of it
-        agree(keys, "original_max_position_embeddings", [longest, outside, rope.pop("original_max_position_embeddings", None)])
+    if (
+        kind == "dynamic"
+    ):  # the original code stretches from max_position_embeddings, pinned here against later changes of it
+        agree(
+            keys,
+            "original_max_position_embeddings",
+            [longest, outside, rope.pop("original_max_position_embeddings", None)],
+        )
         fields["rope_original_max_position"] = _typed(keys, "max_position_embeddings", longest, "int")
     if kind != "default":
         fields["rope_scaling"] = kind
@@ -242,7 +260,7 @@ def _write_rope(config: ModelConfig) -> dict[str, Any]:
 ROPE = Group(read_rope, _write_rope)
 
 
-# window: sliding_window, use_sliding_window, max_window_layers, layer_types ---------------------------------------------------
+# window: sliding_window, use_sliding_window, max_window_layers, layer_types -----------------------------------------
 
 
 def window_pattern(flags: list[bool]) -> str:
@@ -275,8 +293,8 @@ def _layer_types(keys: Keys, layers: int) -> list[bool] | None:
 def window_group(default_window: int | None, rule: str) -> Group:
     """Keys of the sliding window. `rule` says which layers have it unless `layer_types` does:
 
-    "none" the family has no window, "all", "even" (Gemma2), or "switched": off unless `use_sliding_window`, then on the layers
-    from `max_window_layers` on (Qwen).
+    "none" the family has no window, "all", "even" (Gemma2), or "switched": off unless `use_sliding_window`, then on the
+    layers from `max_window_layers` on (Qwen).
     """
 
     def read(keys: Keys) -> dict[str, Any]:
@@ -293,10 +311,18 @@ def window_group(default_window: int | None, rule: str) -> Group:
             window = window if keys.take("use_sliding_window", False) else None
             flags = [i >= first for i in range(layers)]
         if listed is not None and rule == "all" and window is not None and listed != flags:
-            raise keys.fail("layer_types", keys.content["layer_types"], "is not implemented for this family: its window holds on all layers.")
+            raise keys.fail(
+                "layer_types",
+                keys.content["layer_types"],
+                "is not implemented for this family: its window holds on all layers.",
+            )
         flags = flags if listed is None else listed
         if listed is not None and any(listed) and window is None:
-            raise keys.fail("layer_types", "sliding_attention", "needs a sliding_window (and use_sliding_window, where the family has it).")
+            raise keys.fail(
+                "layer_types",
+                "sliding_attention",
+                "needs a sliding_window (and use_sliding_window, where the family has it).",
+            )
         if window is None or not any(flags):
             return {}
         return {"sliding_window": window, "window_layers": window_pattern(flags)}
