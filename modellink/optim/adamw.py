@@ -91,7 +91,7 @@ class MixedPrecisionAdamW(MixedPrecisionOptimizer):
         master: MasterMode = "separate",
         no_decay: Callable[[str, Tensor], bool] = is_bias_or_vector,
         decoupled: Callable[[str], bool] | None = None,
-        bucket_elements: int = 1 << 24,
+        bucket_elements: int | None = None,
     ) -> None:
         super().__init__(
             named_params,

@@ -7,11 +7,11 @@ master, so the two share information: the weight and 16 more bits hold the maste
 How. A bfloat16 is the upper half of a float32. Let `bits` be the master as a 32-bit integer:
 
     weight    = (bits + 0x8000) >> 16          the upper half, plus one if the lower half is 0x8000 or more
-    remainder = bits - (weight << 16)          as int16, -0x8000 .. 0x7fff: it wraps, and so is just the lower half
+    remainder = bits - (weight << 16)          -0x8000 .. 0x7fff: the lower half of `bits` read as int16
     bits      = (weight << 16) + remainder     the exact master again
 
 Floats are sign and magnitude, so adding to the bits adds to the magnitude: this rounds to nearest, halves away from
-zero. A carry out of the mantissa runs into the exponent, which is the right result up to and including infinity.
+zero. A carry out of the mantissa runs into the exponent, which is right up to and including infinity.
 
 Why not torch's rounding. Round to nearest *even* cannot be inverted with 16 bits: 0x3f80_8000 goes down to 0x3f80 and
 0x3f81_8000 up to 0x3f82, so both lower halves 0x8000 mean "half a step", one above and one below its weight, and as
