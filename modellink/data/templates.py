@@ -1,8 +1,9 @@
 """Chat templates: how a conversation becomes token ids. Every template is a row of data over one small encoder.
 
-A turn is a source (everything the model is given) and a target (the answer it learns). The source of the first turn is prefix + system
-block + user block; later sources begin with the separator. Every piece of literal text is tokenized on its own, without special tokens;
-a `Token` is looked up as one id, `BOS` and `EOS` are the tokenizer's. Behaviour: spec d.6; sources of the formats are the model cards.
+A turn is a source (everything the model is given) and a target (the answer it learns). The source of the first turn
+is prefix + system block + user block; later sources begin with the separator. Every piece of literal text is
+tokenized on its own, without special tokens; a `Token` is looked up as one id, `BOS` and `EOS` are the tokenizer's.
+Behaviour: spec d.6; sources of the formats are the model cards.
 """
 
 from __future__ import annotations
@@ -38,11 +39,13 @@ Turn = tuple[list[int], list[int]]
 
 @dataclass(frozen=True)
 class Template:
-    """One chat format. "{content}" in a piece is replaced by the message's text, "{round}" by the number of the turn from 1.
+    """One chat format. "{content}" in a piece is replaced by the message's text, "{round}" by the number of the turn
+    from 1.
 
-    `observation` (a tool's result) defaults to the user block. `efficient_eos`: answers carry no EOS of their own, one ends the whole
-    conversation. `replace_eos`: the first stop word is the end-of-text token. `system_in_user`: the system block is written into
-    the first user text. `function` is the text of a tool call with "{name}" and "{arguments}".
+    `observation` (a tool's result) defaults to the user block. `efficient_eos`: answers carry no EOS of their own,
+    one ends the whole conversation. `replace_eos`: the first stop word is the end-of-text token. `system_in_user`:
+    the system block is written into the first user text. `function` is the text of a tool call with "{name}" and
+    "{arguments}".
     """
 
     name: str
@@ -62,11 +65,12 @@ class Template:
     def turns(
         self, tokenizer: Any, messages: Sequence[dict[str, str]], system: str | None = None, tools: str | None = None
     ) -> list[Turn]:
-        """(source ids, target ids) of every exchange; the last target is empty of content when the conversation awaits its answer.
+        """(source ids, target ids) of every exchange; the last target is empty of content when the conversation
+        awaits its answer.
 
-        `messages` alternate between user or observation and assistant or function, after an optional leading system message.
-        `system` None takes the template's own. `tools` is JSON text describing callable functions. Raises ModelLinkError for a
-        conversation in another order, or a token the tokenizer lacks.
+        `messages` alternate between user or observation and assistant or function, after an optional leading system
+        message. `system` None takes the template's own. `tools` is JSON text describing callable functions. Raises
+        ModelLinkError for a conversation in another order, or a token the tokenizer lacks.
         """
         messages, system = split_system(messages, system)
         text = (self.default_system if system is None else system) + (describe_tools(tools) if tools else "")
@@ -168,8 +172,8 @@ def split_system(
         allowed = MODEL_SIDE if place % 2 else USER_SIDE
         if message["role"] not in allowed:
             raise ModelLinkError(
-                f"message {place + 1} of a conversation has the role {message['role']!r} where {' or '.join(allowed)} belongs: "
-                "user side and model side take turns, the user begins."
+                f"message {place + 1} of a conversation has the role {message['role']!r} where {' or '.join(allowed)} "
+                "belongs: user side and model side take turns, the user begins."
             )
     return rest, system
 
@@ -210,8 +214,9 @@ def describe_tools(tools: str) -> str:
 def fit_tokenizer(template: Template, tokenizer: Any) -> Any:
     """A copy of the tokenizer as this template needs it; the one passed in is left as it is.
 
-    The first stop word becomes the end-of-text token where the template says so, a missing one becomes `<|endoftext|>`, a missing pad
-    token the end-of-text token, and the other stop words become special tokens. Warns when the vocabulary grows by that.
+    The first stop word becomes the end-of-text token where the template says so, a missing one becomes
+    `<|endoftext|>`, a missing pad token the end-of-text token, and the other stop words become special tokens. Warns
+    when the vocabulary grows by that.
     """
     fitted = copy.deepcopy(tokenizer)
     size = len(fitted)
@@ -227,7 +232,7 @@ def fit_tokenizer(template: Template, tokenizer: Any) -> Any:
         fitted.add_tokens(words, special_tokens=True)
     if len(fitted) > size:
         log.warning(
-            "template %r adds %d token(s) to the tokenizer (%d -> %d): the model's padded vocabulary must have room for them",
+            "template %r adds %d token(s) to the tokenizer (%d -> %d): the padded vocabulary must have room for them",
             template.name,
             len(fitted) - size,
             size,

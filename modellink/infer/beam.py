@@ -1,8 +1,9 @@
 """Beam search over one prompt, plain or with sampling.
 
-Keeps the `num_beams` best unfinished continuations and the `num_beams` best finished ones. A finished one is worth the sum of its
-log-probabilities / length ** length_penalty (spec f.1); the search ends when no unfinished one is worth more at its present length than
-the worst finished one, the rule that `transformers` follows with early_stopping=False. Legend: N running beams, V vocabulary.
+Keeps the `num_beams` best unfinished continuations and the `num_beams` best finished ones. A finished one is worth
+the sum of its log-probabilities / length ** length_penalty (spec f.1); the search ends when no unfinished one is
+worth more at its present length than the worst finished one, the rule that `transformers` follows with
+early_stopping=False. Legend: N running beams, V vocabulary.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ class Hypothesis:
 
 
 def _candidates(scores_NV: Tensor, count: int, generator: torch.Generator | None) -> list[tuple[float, int, int]]:
-    """The `count` best (or drawn) of all continuations as (sum of log-probabilities, beam, token), best or first drawn first."""
+    """The `count` best (or drawn) of all continuations as (sum of log-probabilities, beam, token), best or first
+    drawn first.
+    """
     flat = scores_NV.flatten()
     order = flat
     if generator is not None:  # adding Gumbel noise and taking the largest draws without replacement

@@ -1,8 +1,9 @@
 """The decoding engine: token ids in, token ids out, one step at a time.
 
-`DecodeState` holds a batch between steps. Prompts of different lengths are padded on the left and keep their true positions, so every
-row computes what it would compute alone; rows that have finished leave the batch together with their cache. A step reads the chosen tokens
-back from the device once and waits for nothing else. Legend: B rows, S tokens, V vocabulary.
+`DecodeState` holds a batch between steps. Prompts of different lengths are padded on the left and keep their true
+positions, so every row computes what it would compute alone; rows that have finished leave the batch together with
+their cache. A step reads the chosen tokens back from the device once and waits for nothing else. Legend: B rows, S
+tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -46,11 +47,12 @@ class DecodeOptions:
             (self.num_return_sequences >= 1, f"num_return_sequences is {self.num_return_sequences}: use 1 or more"),
             (
                 self.num_beams == 1 or self.num_return_sequences <= self.num_beams,
-                f"num_return_sequences is {self.num_return_sequences} but there are only {self.num_beams} beams: raise num_beams",
+                f"num_return_sequences is {self.num_return_sequences} but num_beams only {self.num_beams}: raise it",
             ),
             (
                 self.num_beams > 1 or self.num_return_sequences == 1 or self.samples,
-                f"num_return_sequences is {self.num_return_sequences} but greedy decoding has one answer: set num_beams or do_sample",
+                f"num_return_sequences is {self.num_return_sequences} but greedy decoding has one answer: "
+                "set num_beams or do_sample",
             ),
         ]
         for good, message in checks:
@@ -70,7 +72,9 @@ class DecodeOptions:
 
 @dataclass(frozen=True)
 class Step:
-    """What one step produced: `tokens[i]` belongs to the prompt `rows[i]`. `probabilities` fp32 [len(rows), V] when asked for."""
+    """What one step produced: `tokens[i]` belongs to the prompt `rows[i]`. `probabilities` fp32 [len(rows), V] when
+    asked for.
+    """
 
     rows: list[int]
     tokens: list[int]
@@ -78,7 +82,9 @@ class Step:
 
 
 def check_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
-    """Return how many new tokens fit behind the longest prompt; raises ModelLinkError for prompts that cannot be computed."""
+    """Return how many new tokens fit behind the longest prompt; raises ModelLinkError for prompts that cannot be
+    computed.
+    """
     vocabulary = decoder.config.padded_vocab_size or 0
     for row, prompt in enumerate(prompts):
         if not len(prompt):
@@ -167,8 +173,8 @@ def decode(
 ) -> Iterator[Step]:
     """Greedy or sampled continuation of every prompt, one `Step` per new token of the batch.
 
-    A row ends after a token of `options.stop_ids` (which is part of the result), when `finished(row, token)` says so, or after
-    `max_new_tokens`. Raises ModelLinkError for prompts the model cannot take.
+    A row ends after a token of `options.stop_ids` (which is part of the result), when `finished(row, token)` says so,
+    or after `max_new_tokens`. Raises ModelLinkError for prompts the model cannot take.
     """
     new_tokens = check_prompts(decoder, prompts, options.max_new_tokens)
     state = DecodeState(decoder, prompts, options.use_kv_cache, room=new_tokens)

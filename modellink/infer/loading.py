@@ -14,6 +14,7 @@ from modellink.checkpoint.store import CheckpointStore, is_native_step, load_ful
 from modellink.config.architecture import read_native
 from modellink.config.load import read_yaml
 from modellink.config.schema import ModelConfig, TokenizerConfig
+from modellink.data.tokenizer import HFTokenizer
 from modellink.errors import ModelLinkError
 from modellink.models.decoder import Decoder
 
@@ -26,8 +27,8 @@ def load_pretrained(
 ) -> tuple[Decoder, Any, list[int]]:
     """The decoder on `device` in `dtype`, its tokenizer (None when there is none), and the ids that end an answer."""
     if not path.is_dir():
-        raise ModelLinkError(f"no model at {path}: {'it is a file' if path.is_file() else 'there is no such folder'}; "
-                             "give a Hugging Face folder or a checkpoint folder.")  # fmt: skip
+        why = "it is a file" if path.is_file() else "there is no such folder"
+        raise ModelLinkError(f"no model at {path}: {why}; give a Hugging Face folder or a checkpoint folder.")
     if is_hf_folder(path):
         decoder = _empty(read_config(path), dtype, device)
         load_hf(decoder, path, progress=False)
@@ -57,7 +58,8 @@ def _newest(path: Path) -> Path:
     steps = [child for child in path.iterdir() if is_native_step(child)]
     if not steps:
         raise ModelLinkError(
-            f"{path} holds no model: neither config.json (Hugging Face) nor a complete iter_* step with {_CONFIG} lies in it."
+            f"{path} holds no model: neither config.json (Hugging Face) nor a complete step with {_CONFIG} lies in "
+            "it; give the folder that does."
         )
     return CheckpointStore(path, local=True).resolve(verify=False)
 
@@ -76,7 +78,7 @@ def _stop_ids(path: Path) -> list[int]:
 def load_tokenizer(source: Any, required: bool = True) -> Any:
     """A tokenizer object as it is, or the one in a folder; None when the folder holds none and it is not `required`."""
     if not isinstance(source, str | Path):
-        return source
+        return getattr(source, "hf", source)
     folder = Path(source)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         if required:
@@ -84,12 +86,7 @@ def load_tokenizer(source: Any, required: bool = True) -> Any:
                 f"no tokenizer at {folder}: give a folder that holds one of {', '.join(_TOKENIZER_FILES)}."
             )
         return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        raise ModelLinkError(f"the tokenizer in {folder} cannot be read: {str(error).splitlines()[0]}") from error
+    return HFTokenizer(str(folder)).hf
 
 
 def _native_tokenizer(step: Path, tokenizer: Any) -> Any:

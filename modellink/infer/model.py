@@ -1,4 +1,5 @@
-"""`GPTModel`: weights, tokenizer and decoding behind one object, for Python users, chat, batch generation and evaluation.
+"""`GPTModel`: weights, tokenizer and decoding behind one object, for Python users, chat, batch generation and
+evaluation.
 
     model = GPTModel.from_pretrained("path/to/folder")
     print(model.generate("What does `len` do?", max_new_tokens=40))
@@ -47,11 +48,12 @@ class GPTModel(nn.Module):
         device: str | torch.device | None = None,
         tokenizer: Any = None,
     ) -> GPTModel:
-        """Load a Hugging Face folder or a native checkpoint (a step folder, or a run's folder: its newest complete step).
+        """Load a Hugging Face folder or a native checkpoint (a step folder, or a run's folder: its newest complete
+        step).
 
-        `device` defaults to the accelerator of this process. `tokenizer` is a tokenizer object or folder; by default the one that
-        lies with the weights, and none if there is none (token ids then go in and come out).
-        Raises ModelLinkError when the folder is missing, holds no model, or does not fit its own configuration.
+        `device` defaults to the accelerator of this process. `tokenizer` is a tokenizer object or folder; by default
+        the one that lies with the weights, and none if there is none (token ids then go in and come out). Raises
+        ModelLinkError when the folder is missing, holds no model, or does not fit its own configuration.
         """
         if isinstance(dtype, str):
             if dtype not in _DTYPES:
@@ -96,16 +98,18 @@ class GPTModel(nn.Module):
     ) -> Any:
         """Continue one prompt or many (spec f.1).
 
-        `prompt` is a str, a conversation (list of {"role", "content"}), token ids (list or 1-D tensor), or a list of these (or a
-        2-D tensor). One prompt gives one answer, a list gives a list; answers are text, or token ids when there is no
-        tokenizer or `detokenize` is False. `num_return_sequences` > 1 gives a flat list, the answers of each prompt together.
+        `prompt` is a str, a conversation (list of {"role", "content"}), token ids (list or 1-D tensor), or a list of
+        these (or a 2-D tensor). One prompt gives one answer, a list gives a list; answers are text, or token ids when
+        there is no tokenizer or `detokenize` is False. `num_return_sequences` > 1 gives a flat list, the answers of
+        each prompt together.
 
-        `max_new_tokens` counts per prompt; without it `max_length` (default 128 new tokens) counts the longest prompt as well.
-        `stop` holds strings and token ids that end an answer and do not belong to its text. `bos_token_id` is put before
-        token-id prompts. `template` names a chat template, `hf_chat_template` takes the tokenizer's own. `pad_token_id` and
-        `recompute` are accepted and change nothing: padding never enters the result.
-        With `stream`, returns an iterator of the growing answer(s). With `return_output_log_probs`, returns (answers, p), p being
-        the fp32 [new tokens, V] softmax of every position per answer, or with beams the exponential of each answer's score.
+        `max_new_tokens` counts per prompt; without it `max_length` (default 128 new tokens) counts the longest prompt
+        as well. `stop` holds strings and token ids that end an answer and do not belong to its text. `bos_token_id`
+        is put before token-id prompts. `template` names a chat template, `hf_chat_template` takes the tokenizer's
+        own. `pad_token_id` and `recompute` are accepted and change nothing: padding never enters the result. With
+        `stream`, returns an iterator of the growing answer(s). With `return_output_log_probs`, returns (answers, p),
+        p being the fp32 [new tokens, V] softmax of every position per answer, or with beams the exponential of each
+        answer's score.
         """
         row = get_template(template) if template else None
         active = self._tokenizer_for(row, tokenizer)
@@ -115,7 +119,8 @@ class GPTModel(nn.Module):
             max_new_tokens = 128 if max_length is None else max_length - longest
             if max_new_tokens < 1:
                 raise ModelLinkError(
-                    f"max_length is {max_length} but the longest prompt has {longest} tokens: raise it, or use max_new_tokens."
+                    f"max_length is {max_length} but the longest prompt has {longest} tokens: raise it, or give "
+                    "max_new_tokens."
                 )
         options = DecodeOptions(
             max_new_tokens=max_new_tokens,

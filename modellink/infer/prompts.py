@@ -1,7 +1,8 @@
 """What a user may hand to `generate`, turned into token ids: text, conversations, token ids, one or many.
 
-A conversation is formatted by a named chat template, or by the tokenizer's own; plain text is wrapped as a one-message conversation
-when either is asked for, and otherwise tokenized as it is with the tokenizer's special tokens (spec f.1).
+A conversation is formatted by a named chat template, or by the tokenizer's own; plain text is wrapped as a
+one-message conversation when either is asked for, and otherwise tokenized as it is with the tokenizer's special
+tokens (spec f.1).
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Prompts:
-    """Token ids of every prompt; `single` when the user gave one rather than a list; words that end an answer in this format."""
+    """Token ids of every prompt; `single` when the user gave one rather than a list; words that end an answer in this
+    format.
+    """
 
     ids: list[list[int]]
     single: bool
@@ -59,7 +62,9 @@ def build_prompts(
     hf_chat_template: bool = False,
     bos_token_id: int | None = None,
 ) -> Prompts:
-    """Token ids of `prompt`; `tokenizer` is the one fitted to `template`. Raises ModelLinkError for prompts that need a tokenizer, template or form that is not there."""
+    """Token ids of `prompt`; `tokenizer` is the one fitted to `template`. Raises ModelLinkError for prompts that need
+    a tokenizer, template or form that is not there.
+    """
     if template and hf_chat_template:
         raise ModelLinkError("choose one format: either --prompt-type (template) or --hf-chat-template.")
     separate, single = _split(prompt)

@@ -1,8 +1,8 @@
 """From logits to the next token: temperature, top-k and top-p filters, and one draw per row.
 
-Filters act in a fixed order: the temperature divides, then k, then the nucleus (spec f.1). A draw turns one uniform number per row into
-a token by the inverse of the cumulative distribution, so a row's tokens do not depend on which other rows are still running.
-Legend: B rows, V vocabulary.
+Filters act in a fixed order: the temperature divides, then k, then the nucleus (spec f.1). A draw turns one uniform
+number per row into a token by the inverse of the cumulative distribution, so a row's tokens do not depend on which
+other rows are still running. Legend: B rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from torch import Tensor
 def filter_logits(logits_BV: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """fp32 [B, V]: logits / temperature, -inf outside the `top_k` likeliest (0: all) and outside the nucleus.
 
-    The nucleus is the smallest set of likeliest tokens whose probability, renormalised after the k filter, reaches `top_p` (1 or 0:
-    all); the token that crosses `top_p` belongs to it, so it is never empty. Tokens that tie with the k-th stay.
+    The nucleus is the smallest set of likeliest tokens whose probability, renormalised after the k filter, reaches
+    `top_p` (1 or 0: all); the token that crosses `top_p` belongs to it, so it is never empty. Tokens that tie with
+    the k-th stay.
     """
     logits_BV = logits_BV.float() / temperature
     if 0 < top_k < logits_BV.shape[-1]:

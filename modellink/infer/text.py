@@ -1,7 +1,8 @@
 """Text at the two ends of decoding: tokens become text piece by piece, and an answer ends at a stop string.
 
-A token may hold a part of a character only. `TextStream` hands out text when it is whole, never a half character and never the
-beginning of a stop string that later completes; what it hands out in pieces equals what the tokenizer makes of all tokens at once.
+A token may hold a part of a character only. `TextStream` hands out text when it is whole, never a half character and
+never the beginning of a stop string that later completes; what it hands out in pieces equals what the tokenizer makes
+of all tokens at once.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ def decode_text(tokenizer: Any, tokens: Sequence[int]) -> str:
 class TextStream:
     """Decodes one answer as its tokens arrive.
 
-    Only a window of recent tokens is decoded again per token: from `_start`, where the window begins, to `_end`, up to which its text
-    has been handed out. The window keeps one handed-out piece as context, because a token's text depends on the one before it.
+    Only a window of recent tokens is decoded again per token: from `_start`, where the window begins, to `_end`, up
+    to which its text has been handed out. The window keeps one handed-out piece as context, because a token's text
+    depends on the one before it.
     """
 
     def __init__(self, tokenizer: Any, stop_strings: Sequence[str] = ()) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -233,7 +234,7 @@ def test_filters_agree_with_transformers() -> None:
     torch.testing.assert_close(filter_logits(logits, 0.8, 10, 0.7), wanted)
 
 
-# ------------------------------------------------------------------------------------------------ GPTModel, text, errors
+# --- GPTModel, text, errors
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +286,7 @@ def test_stream_grows_to_the_whole_answer(text_model: GPTModel) -> None:
     options = dict(max_new_tokens=60, do_sample=True, temperature=3.0, top_k=0, seed=4)
     grown = list(text_model.generate(["ab", "x"], stream=True, **options))
     assert grown[-1] == text_model.generate(["ab", "x"], **options)
-    for earlier, later in zip(grown, grown[1:-1], strict=False):
+    for earlier, later in itertools.pairwise(grown[:-1]):
         assert all(b.startswith(a) for a, b in zip(earlier, later, strict=True))
     single = list(text_model.generate("ab", stream=True, **options))
     assert all(isinstance(text, str) for text in single)
