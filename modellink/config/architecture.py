@@ -1,7 +1,8 @@
 """The architecture from a preset, a checkpoint or a Hugging Face folder, and its agreement with what the user gave.
 
-Explicit values must equal the folder's. When flags describe a whole architecture, as Megatron's launch lines do, an absent flag says
-Megatron's default, so a folder with another value is a contradiction too; otherwise the folder fills what was not given.
+Explicit values must equal the folder's. When flags describe a whole architecture, as Megatron's launch lines do, an
+absent flag says Megatron's default, so a folder with another value is a contradiction too; otherwise the folder fills
+what was not given.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ def fill(resolved: ResolvedConfig, preset: str | None) -> None:
     if resolved.config.checkpoint.use_checkpoint_args:
         given = resolved.config.checkpoint.load or resolved.config.checkpoint.pretrained_checkpoint
         raise ModelLinkError(
-            f"--use-checkpoint-args found no architecture in {given}: give --load with a folder that holds config.json or a "
+            f"--use-checkpoint-args found no architecture in {given}: give --load with a folder that holds "
+            "config.json or a "
             "checkpoint of this program, or give --num-layers, --hidden-size and --num-attention-heads."
         )
 
@@ -101,7 +103,7 @@ def _read(folder: Path, resolved: ResolvedConfig) -> tuple[ModelConfig, str] | N
         stated = folder / (f"iter_{int(text):07d}" if text.isdigit() else text) / "modellink.yaml"
         return (read_native(stated), f"checkpoint {stated}") if stated.is_file() else None
     if (folder / "config.json").is_file():
-        from modellink.checkpoint.hf import read_config
+        from modellink.checkpoint.hf_config import read_config
 
         return read_config(folder), f"HF folder {folder}"
     return None
@@ -148,7 +150,8 @@ def _merge(resolved: ResolvedConfig, other: ModelConfig, known: set[str], where:
         else:
             resolved.set(path, getattr(other, name), where)
     if problems:
-        raise ModelLinkError(f"{'; '.join(problems)}. To use that folder, give {' '.join(remedies)}.")
+        advice = f"give {' '.join(remedies)}" + (", or leave out all architecture flags" if strict else "")
+        raise ModelLinkError(f"{'; '.join(problems)}. To use {where}, {advice}.")
 
 
 def _matters(theirs: ModelConfig, name: str) -> bool:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from modellink.config.schema import option
 
 FAMILIES_HF = (
-    "llama2 baichuan baichuan2 mixtral chatglm3 gemma gemma2 bloom qwen internlm2 deepseek2 deepseek2-lite minicpm minicpm-moe "
+    "llama2 baichuan baichuan2 mixtral chatglm3 gemma gemma2 bloom qwen internlm2 deepseek2 deepseek2-lite minicpm "
+    "minicpm-moe "
     "qwen2-moe"
 )
 
@@ -46,4 +47,3 @@ class ConvertConfig:
     lora_r: int | None = option(None, help="rank of the adapter")
     lora_alpha: int | None = option(None, help="scale of the adapter")
     lora_target_modules: list[str] | None = option(None, help="modules of the adapter")
-    debug: bool = option(False, help="show tracebacks")

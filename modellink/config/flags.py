@@ -1,9 +1,9 @@
-"""Options <-> command-line flags. A dataclass field is an option; this module gives it its flags, reads a command line or a YAML
-mapping, and says how a value would be spelled.
+"""Options <-> command-line flags. A dataclass field is an option; this module gives it its flags, reads a command
+line or a YAML mapping, and says how a value would be spelled.
 
-What a flag does is data (`flags_table.py`). Each flag has exactly one status per program: *native* (a field under its own name),
-*alias* (another spelling of fields, such as Megatron's), *accepted* (no effect: warns and says why) or *refused* (an error that
-says why and what to use instead).
+What a flag does is data (`flags_table.py`). Each flag has exactly one status per program: *native* (it is a field),
+*alias* (it sets fields), *accepted* (no effect: warns and says why) or *refused* (an error that says why and what to
+use instead).
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ PROGRAM_SECTIONS: dict[str, tuple[str, ...]] = {
 class Flag:
     """One row: spellings (the preferred one first), what follows the flag on the command line, and what it does.
 
-    `kind` is "switch" (nothing follows), "int", "float", "str" or a list of them ("ints", "strs"). `path` is the field a native
-    row stores to; `sets` maps fields to a constant, `rows.VALUE` or a function of (value, config).
+    `kind` is "switch" (nothing follows), "int", "float", "str" or a list of them ("ints", "strs"). `path` is the
+    field a native row stores to; `sets` maps fields to a constant, `rows.VALUE` or a function of (value, look).
     """
 
     names: tuple[str, ...]
@@ -79,11 +79,11 @@ def section_types(program: str) -> dict[str, type]:
     if program == "preprocess":
         from modellink.config.preprocess_schema import PreprocessConfig
 
-        return {"preprocess": PreprocessConfig}
+        return {"preprocess": PreprocessConfig, "source": schema.SourceConfig}
     if program == "convert":
         from modellink.config.convert_schema import ConvertConfig
 
-        return {"convert": ConvertConfig}
+        return {"convert": ConvertConfig, "source": schema.SourceConfig}
     all_types = typing.get_type_hints(schema.Config)
     return {name: all_types[name] for name in PROGRAM_SECTIONS[program]} | {"source": schema.SourceConfig}
 
@@ -224,7 +224,7 @@ def _scalar(kind: str, value: Any, spelling: str) -> Any:
 
 
 def convert(flag: Flag, value: Any, spelling: str) -> Any:
-    """Turn command-line text or a YAML value into the type of `flag`; raises ModelLinkError naming the flag as it was spelled."""
+    """Turn command-line text or a YAML value into the type of `flag`; errors name the flag as it was spelled."""
     if flag.kind == "switch":
         if not isinstance(value, bool):
             raise ModelLinkError(f"{spelling} is a switch: it is true or false, not {value!r}.")
@@ -281,8 +281,10 @@ def _help_text(flag: Flag) -> str:
 
 
 def build_parser(program: str) -> argparse.ArgumentParser:
-    """argparse for `program`, generated from the table: options grouped by section; no abbreviations except in `preprocess`."""
-    note = "Flags of other releases and of Megatron that have no effect or are refused: docs/flags.md has every flag and its status."
+    """argparse for `program`, generated from the table: options grouped by section; abbreviations in `preprocess`
+    only.
+    """
+    note = "docs/flags.md lists every flag, also Megatron's that are accepted without effect or refused, and why."
     parser = _Parser(
         prog=f"modellink {program}",
         usage=f"modellink {program} [options]",
@@ -315,7 +317,7 @@ def build_parser(program: str) -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str], program: str) -> list[Given]:
-    """Read a command line. Raises ModelLinkError for unknown flags (with suggestions) and for values of the wrong type."""
+    """Read a command line. Unknown flags (with suggestions) and values of the wrong type raise ModelLinkError."""
     namespace, unknown = build_parser(program).parse_known_args(list(argv))
     table = flags(program)
     for text in unknown:
@@ -387,7 +389,7 @@ def parse_mapping(content: Mapping[str, Any], program: str, source: str) -> list
 
 
 def check_statuses(given: Sequence[Given]) -> list[str]:
-    """Raise for refused flags that ask for something; return one warning for each reason among the flags without effect."""
+    """Raise for refused flags that ask for something; return one warning per reason for flags without effect."""
     for item in given:
         if item.flag.status == "refused" and not _is_harmless(item):
             raise ModelLinkError(f"{item.spelling} is refused: {item.flag.help}.")
@@ -421,7 +423,7 @@ def assignments(given: Sequence[Given], current: Callable[[str], Any]) -> tuple[
 
     def apply_aliases(late: bool) -> None:
         chosen = [i for i in given if i.flag.status == "alias" and i.flag.late == late]
-        for item in sorted(chosen, key=lambda i: i.flag.order):
+        for item in sorted(chosen, key=lambda i: (i.origin.startswith("flag"), i.flag.order)):
             if item.flag.needs and item.flag.needs not in names:
                 warnings.append(f"{item.spelling}: no effect without {item.flag.needs}")
                 continue

@@ -1,7 +1,7 @@
-"""The flag table as data: Megatron's spellings of our fields, flags that set fields, flags without effect, flags refused.
+"""The flag table as data: Megatron's spellings of our fields, flags that set fields, flags without effect or refused.
 
-`flags.py` reads it; nothing else does. Every dataclass field has a flag of its own name without a row here. A name may carry the
-kind of its value: "--scale-emb:float" (no kind: a switch; "any": whatever follows is ignored). `!--x` is a spelling that says no.
+Every dataclass field has a flag of its own name without a row here. A name may carry the kind of its value, as in
+"--scale-depth:float" (no kind: a switch; "any": whatever follows is ignored). `!--x` is a spelling that says no.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ SPELLINGS: dict[str, str] = {
     "model.rope_scaling_factor": "--rope-scaling-factor",
     "model.rope_low_freq_factor": "--low-freq-factor",
     "model.rope_high_freq_factor": "--high-freq-factor",
-    "model.rope_original_max_position": "--original-max-position-embeddings --rope-scaling-original-max-position-embeddings",
+    "model.rope_original_max_position": "--original-max-position-embeddings "
+    "--rope-scaling-original-max-position-embeddings",
     "model.rope_beta_fast": "--rope-scaling-beta-fast",
     "model.rope_beta_slow": "--rope-scaling-beta-slow",
     "model.rope_mscale": "--rope-scaling-mscale",
@@ -77,8 +78,6 @@ SPELLINGS: dict[str, str] = {
     "checkpoint.pretrained_checkpoint": "--pretrained-checkpoint --hf-path",
     "checkpoint.save_optimizer": "!--no-save-optim",
     "checkpoint.load_optimizer": "!--no-load-optim",
-    "preprocess.tokenizer_fast": "!--tokenizer-not-use-fast",
-    "preprocess.use_fast": "!--tokenizer-not-use-fast",
     "convert.tensor_parallel": "--target-tensor-parallel-size",
     "convert.pipeline_parallel": "--target-pipeline-parallel-size",
     "convert.expert_parallel": "--target-expert-parallel-size",
@@ -222,15 +221,18 @@ ACCEPTED: dict[str, list[tuple[str, str]]] = {
         (SILENT, "--local-rank:int --local_rank:int"),
         (
             _FUSED,
-            "--use-flash-attn --use-fused-rmsnorm --use-fused-swiglu --use-fused-rotary-pos-emb --no-masked-softmax-fusion "
+            "--use-flash-attn --use-fused-rmsnorm --use-fused-swiglu --use-fused-rotary-pos-emb "
+            "--no-masked-softmax-fusion "
             "--no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion --no-persist-layer-norm "
-            "--no-gradient-accumulation-fusion --shape-order:str --sparse-mode:int --pre-tockens:int --next-tockens:int "
+            "--no-gradient-accumulation-fusion --shape-order:str --sparse-mode:int --pre-tockens:int "
+            "--next-tockens:int "
             "--jit-compile --triangle-attn --triangle-block-size:int --mlp-layer-fusion --use-mc2 --skip-bias-add "
             "--apply-rope-fusion --cross-entropy-loss-fusion",
         ),
         (
             _FP32,
-            "--attention-softmax-in-fp32 --no-attention-softmax-in-fp32 --input-layernorm-in-fp32 --fp16-lm-cross-entropy",
+            "--attention-softmax-in-fp32 --no-attention-softmax-in-fp32 --input-layernorm-in-fp32 "
+            "--fp16-lm-cross-entropy",
         ),
         (
             _ONE_DECODER,
@@ -240,10 +242,12 @@ ACCEPTED: dict[str, list[tuple[str, str]]] = {
             _COMM,
             "--no-delay-grad-reduce --delay-grad-reduce --delay-param-gather --no-overlap-p2p-communication "
             "--no-async-tensor-model-parallel-allreduce --tp-comm-overlap --tp-comm-overlap-cfg:str "
-            "--disable-tp-comm-overlap-ag --disable-tp-comm-overlap-rs --tp-comm-overlap-rs-dgrad --disable-tp-comm-bulk-dgrad "
+            "--disable-tp-comm-overlap-ag --disable-tp-comm-overlap-rs --tp-comm-overlap-rs-dgrad "
+            "--disable-tp-comm-bulk-dgrad "
             "--disable-tp-comm-bulk-wgrad --disable-tp-comm-split-ag --disable-tp-comm-split-rs "
             "--no-scatter-gather-tensors-in-pipeline --use-ring-exchange-p2p --nccl-communicator-config-path:str "
-            "--zero-allgather-bucket-size:any --zero-reduce-bucket-size:any --ddp-bucket-size:any --no-clone-scatter-output-in-embedding",
+            "--zero-allgather-bucket-size:any --zero-reduce-bucket-size:any --ddp-bucket-size:any "
+            "--no-clone-scatter-output-in-embedding",
         ),
         (
             "memory is managed by PyTorch's allocator",
@@ -265,14 +269,17 @@ ACCEPTED: dict[str, list[tuple[str, str]]] = {
         ),
         (
             "checkpoints are distributed and describe themselves",
-            "--use-dist-ckpt --dist-ckpt-format:str --auto-detect-ckpt-format --load-checkpoint-loosely --ckpt-fully-parallel-save "
+            "--use-dist-ckpt --dist-ckpt-format:str --auto-detect-ckpt-format --load-checkpoint-loosely "
+            "--ckpt-fully-parallel-save "
             "--use-mp-args-from-checkpoint-args --no-use-tokenizer-model-from-checkpoint-args",
         ),
         ("the collector is never run during evaluation", "--no-manual-gc-eval"),
         (
             "the log has its own timers and writes every figure",
-            "--timing-log-level:int --timing-log-option:str --no-barrier-with-level-1-timing --log-timers-to-tensorboard "
-            "--log-batch-size-to-tensorboard --no-log-learnig-rate-to-tensorboard --no-log-learning-rate-to-tensorboard "
+            "--timing-log-level:int --timing-log-option:str --no-barrier-with-level-1-timing "
+            "--log-timers-to-tensorboard "
+            "--log-batch-size-to-tensorboard --no-log-learnig-rate-to-tensorboard "
+            "--no-log-learning-rate-to-tensorboard "
             "--no-log-loss-scale-to-tensorboard --log-validation-ppl-to-tensorboard --log-memory-to-tensorboard "
             "--log-world-size-to-tensorboard --tensorboard-queue-size:int --log-progress --log-straggler --test-mode "
             "--enable-one-logger --one-logger-project:str --one-logger-entity:str --one-logger-run-name:str "
@@ -280,13 +287,16 @@ ACCEPTED: dict[str, list[tuple[str, str]]] = {
         ),
         (
             _MOE,
-            "--moe-router-topk:int --moe-router-load-balancing-type:str --moe-aux-loss-coeff:float --moe-z-loss-coeff:float "
+            "--moe-router-topk:int --moe-router-load-balancing-type:str --moe-aux-loss-coeff:float "
+            "--moe-z-loss-coeff:float "
             "--moe-input-jitter-eps:float --input-jitter --moe-token-dispatcher-type:str --moe-grouped-gemm "
             "--moe-expert-capacity-factor:float --moe-pad-expert-input-to-capacity --moe-token-drop-policy:str "
             "--moe-permutation-async-comm --moe-intermediate-size:int --n-shared-experts:int --shared-expert-gate "
-            "--shared-expert-gate-output-dimension:int --first-k-dense-replace:int --moe-layer-freq:int --topk-group:int "
+            "--shared-expert-gate-output-dimension:int --first-k-dense-replace:int --moe-layer-freq:int "
+            "--topk-group:int "
             "--routed-scaling-factor:float --norm-topk-prob --seq-aux --moe-device-level-aux-loss-coeff:float "
-            "--moe-comm-aux-loss-coeff:float --expert-interval:int --moe-train-capacity-factor:float --noisy-gate-policy:str "
+            "--moe-comm-aux-loss-coeff:float --expert-interval:int --moe-train-capacity-factor:float "
+            "--noisy-gate-policy:str "
             "--enable-token-rearrange-opt --moe-token-dropping --moe-per-layer-logging",
         ),
         (
@@ -295,7 +305,8 @@ ACCEPTED: dict[str, list[tuple[str, str]]] = {
         ),
         (
             _CP,
-            "--context-parallel-algo:str --ulysses-degree-in-cp:int --cp-attention-mask-type:str --use-cp-send-recv-overlap "
+            "--context-parallel-algo:str --ulysses-degree-in-cp:int --cp-attention-mask-type:str "
+            "--use-cp-send-recv-overlap "
             "--kv-head-repeat-before-uly-alltoall --use-fused-ring-attention-update",
         ),
         (
@@ -304,11 +315,13 @@ ACCEPTED: dict[str, list[tuple[str, str]]] = {
         ),
         (
             _DPO,
-            "--dpo-beta:float --dpo-loss-type:str --dpo-label-smoothing:float --pref-ftx:float --ref-model:str --dpo-ftx:any",
+            "--dpo-beta:float --dpo-loss-type:str --dpo-label-smoothing:float --pref-ftx:float --ref-model:str "
+            "--dpo-ftx:any",
         ),
         (
             _PROFILE,
-            "--profile-step-start:int --profile-step-end:int --profile-ranks:ints --profile-level:str --profile-with-cpu "
+            "--profile-step-start:int --profile-step-end:int --profile-ranks:ints --profile-level:str "
+            "--profile-with-cpu "
             "--profile-with-stack --profile-with-memory --profile-record-shapes --profile-save-path:str",
         ),
         ("it only tunes --swap-attention, which is not built yet", "--swap-modules:str"),
@@ -332,17 +345,26 @@ ACCEPTED: dict[str, list[tuple[str, str]]] = {
         ),
         (
             _GELU,
-            "--mask-prob:float --short-seq-prob:float --decoder-seq-length:int --encoder-num-layers:int --decoder-num-layers:int "
-            "--retriever-seq-length:int --sample-rate:float --bert-no-binary-head --bert-load:str --ict-head-size:int --ict-load:str "
-            "--biencoder-projection-dim:int --biencoder-shared-query-context-model --titles-data-path:str --query-in-block-prob:float "
-            "--use-one-sent-docs --evidence-data-path:str --retriever-report-topk-accuracies:ints --retriever-score-scaling "
-            "--block-data-path:str --embedding-path:str --indexer-batch-size:int --indexer-log-interval:int --num-classes:int "
-            "--img-h:int --img-w:int --num-channels:int --patch-dim:int --classes-fraction:float --data-per-class-fraction:float "
+            "--mask-prob:float --short-seq-prob:float --decoder-seq-length:int --encoder-num-layers:int "
+            "--decoder-num-layers:int "
+            "--retriever-seq-length:int --sample-rate:float --bert-no-binary-head --bert-load:str "
+            "--ict-head-size:int --ict-load:str "
+            "--biencoder-projection-dim:int --biencoder-shared-query-context-model --titles-data-path:str "
+            "--query-in-block-prob:float "
+            "--use-one-sent-docs --evidence-data-path:str --retriever-report-topk-accuracies:ints "
+            "--retriever-score-scaling "
+            "--block-data-path:str --embedding-path:str --indexer-batch-size:int --indexer-log-interval:int "
+            "--num-classes:int "
+            "--img-h:int --img-w:int --num-channels:int --patch-dim:int --classes-fraction:float "
+            "--data-per-class-fraction:float "
             "--head-lr-mult:float --vision-pretraining --vision-pretraining-type:str --vision-backbone-type:str "
-            "--swin-backbone-type:str --mask-type:str --mask-factor:float --iter-per-epoch:int --dino-local-img-size:int "
-            "--dino-local-crops-number:int --dino-head-hidden-size:int --dino-bottleneck-size:int --dino-freeze-last-layer:float "
+            "--swin-backbone-type:str --mask-type:str --mask-factor:float --iter-per-epoch:int "
+            "--dino-local-img-size:int "
+            "--dino-local-crops-number:int --dino-head-hidden-size:int --dino-bottleneck-size:int "
+            "--dino-freeze-last-layer:float "
             "--dino-norm-last-layer --dino-warmup-teacher-temp:float --dino-teacher-temp:float "
-            "--dino-warmup-teacher-temp-epochs:int --retro-project-dir:str --retro-add-retriever --retro-cyclic-train-iters:int "
+            "--dino-warmup-teacher-temp-epochs:int --retro-project-dir:str --retro-add-retriever "
+            "--retro-cyclic-train-iters:int "
             "--retro-encoder-layers:int --retro-encoder-hidden-dropout:float --retro-encoder-attention-dropout:float "
             "--retro-num-neighbors:int --retro-num-retrieved-chunks:int --retro-attention-gate:float "
             "--no-retro-verify-neighbor-count",
@@ -351,6 +373,8 @@ ACCEPTED: dict[str, list[tuple[str, str]]] = {
     "preprocess": [
         ("files are written memory-mapped in the one .bin/.idx format", "--dataset-impl:str"),
         ("ids do not depend on the padded vocabulary", "--make-vocab-size-divisible-by:int --pad-vocab-size-to:int"),
+        ("files are always streamed, and nothing is cached", "--streaming --cache-dir:str"),
+        ("it only tunes --split-sentences, which is not built yet", "--keep-newlines"),
     ],
     "convert": [
         ("there is one decoder for every model type", "--model-type:str"),
@@ -376,7 +400,8 @@ REFUSED: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
         ),
         (f"pairwise data are {NOT_BUILT}; use --stage sft with instruction data", "--is-pairwise-dataset", ()),
         (
-            f"attention confined to single documents is {NOT_BUILT}; leave it out: documents of a sample see each other",
+            f"attention confined to single documents is {NOT_BUILT}; leave it out: documents of a sample see each "
+            "other",
             "--reset-attention-mask",
             (),
         ),
@@ -391,12 +416,14 @@ REFUSED: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
             (),
         ),
         (
-            f"counting recomputed layers over virtual stages is {NOT_BUILT}; --recompute-num-layers counts per model chunk",
+            f"counting recomputed layers over virtual stages is {NOT_BUILT}; --recompute-num-layers counts per model "
+            "chunk",
             "--enable-recompute-layers-per-pp-rank",
             (),
         ),
         (
-            f"sharding saved activations over tensor ranks is {NOT_BUILT}; use --sequence-parallel, which shards them too",
+            f"sharding saved activations over tensor ranks is {NOT_BUILT}; use --sequence-parallel, which shards "
+            "them too",
             "--distribute-saved-activations",
             (),
         ),
@@ -453,16 +480,29 @@ REFUSED: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
         ),
         ("Megatron's YAML files are not read: use --config FILE", "--yaml-cfg:str", ()),
         (
-            "it belongs to the launcher: write it before the program, as in `torchrun --nproc_per_node 8 pretrain_gpt.py ...`",
+            "it belongs to the launcher: write it before the program, as in `torchrun --nproc_per_node 8 "
+            "pretrain_gpt.py ...`",
             "--nproc_per_node:any --nnodes:any --node_rank:any --master_addr:any --master_port:any",
             (),
         ),
     ],
-    "preprocess": [],
+    "preprocess": [
+        (
+            f"splitting into sentences is {NOT_BUILT}; leave it out: decoders train on whole documents",
+            "--split-sentences",
+            (),
+        ),
+        (
+            f"arguments for data set loaders are {NOT_BUILT}; give files or a folder as --input",
+            "--hf-datasets-params:str",
+            (),
+        ),
+    ],
     "convert": [
         (
             "it belongs to the converters of 2023: use --load-dir, --save-dir and --target-tensor-parallel-size",
-            "--input-model-dir:str --output-model-dir:str --type:str --merge-mlp --num_layers:int --tensor-model-parallel-size:int "
+            "--input-model-dir:str --output-model-dir:str --type:str --merge-mlp --num_layers:int "
+            "--tensor-model-parallel-size:int "
             "--pipeline-model-parallel-size:int --expert-model-parallel-size:int --deepspeed",
             (),
         ),

@@ -1,8 +1,9 @@
-"""One configuration from all its sources: flags, a YAML file, a preset, a checkpoint or a Hugging Face folder, defaults.
+"""One configuration from all its sources: flags, a YAML file, a preset, a checkpoint or Hugging Face folder,
+defaults.
 
-`load_config` merges them, remembers where each value came from, and checks the result. Flags win over the YAML file; both must
-agree with a preset or a folder about the architecture: two sources that contradict each other are an error, never a silent choice.
-The same call gives the same result, or the same error, on every rank without communication.
+`load_config` merges them, remembers where each value came from, and checks the result. Flags win over the YAML file;
+both must agree with a preset or a folder about the architecture: sources that contradict each other are an error,
+never a silent choice. The same call gives the same result, or the same error, on every rank without communication.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ from typing import Any
 import yaml
 
 from modellink.config import architecture
-from modellink.config.flags import Given, assignments, check_statuses, parse, parse_mapping
-from modellink.config.schema import Config
+from modellink.config.flags import Given, assignments, check_statuses, parse, parse_mapping, section_types
+from modellink.config.schema import Config, SourceConfig
 from modellink.config.validate import validate
 from modellink.errors import ModelLinkError
 
 
 @dataclass
 class ResolvedConfig:
-    """A checked configuration. `origins["section.field"]` says where a value came from; `world_size` is the number of processes."""
+    """A checked configuration: values, where each came from (`origins["section.field"]`), and the number of
+    processes.
+    """
 
     config: Config
     origins: dict[str, str]
@@ -58,17 +61,13 @@ class ResolvedConfig:
 def load_config(argv: Sequence[str], program: str = "train") -> ResolvedConfig:
     """Read, merge, resolve and check the configuration of `program` ("train", "generate", "chat" or "evaluate").
 
-    The world size is the launcher's WORLD_SIZE (1 without one). Warnings go to stderr on rank 0. With --print-config the result is
-    printed by rank 0 and SystemExit(0) is raised, as --help does. Raises ModelLinkError for everything a user can get wrong.
+    The world size is the launcher's WORLD_SIZE (1 without one). Warnings go to stderr on rank 0. With --print-config
+    the result is printed by rank 0 and SystemExit(0) is raised, as --help does. Raises ModelLinkError for everything
+    a user can get wrong.
     """
-    given = parse(argv, program)
-    source = {item.flag.path: item.value for item in given if item.flag.path and item.flag.path.startswith("source.")}
-    if source.get("source.config"):
-        from_file = read_yaml(source["source.config"], program)
-        source = {i.flag.path: i.value for i in from_file if i.flag.path and i.flag.path.startswith("source.")} | source
-        given = [*_without_overridden(from_file, given), *given]
-    printing = bool(source.get("source.print_config"))
-    resolved = _merge(given, program, source.get("source.model"), printing)
+    given, source = _gather(argv, program)
+    printing = source.print_config
+    resolved = _merge(given, program, source.model, printing)
     validate(resolved, complete=not printing)
     if _rank() == 0:
         for warning in resolved.warnings:
@@ -82,8 +81,39 @@ def load_config(argv: Sequence[str], program: str = "train") -> ResolvedConfig:
     return resolved
 
 
+def load_section(argv: Sequence[str], program: str) -> Any:
+    """The dataclass of a program that has one section, "preprocess" or "convert", from flags and --config."""
+    given, source = _gather(argv, program)
+    warnings = check_statuses(given)
+    found, more = assignments(given, lambda path: None)
+    values = {path.split(".")[1]: value for path, (value, _) in found.items() if path.startswith(f"{program}.")}
+    config = section_types(program)[program](**values)
+    for warning in warnings + more:
+        print(f"modellink: warning: {warning}", file=sys.stderr)
+    if source.print_config:
+        print(yaml.safe_dump({program: dataclasses.asdict(config)}, sort_keys=False, allow_unicode=True), end="")
+        raise SystemExit(0)
+    return config
+
+
+def _gather(argv: Sequence[str], program: str) -> tuple[list[Given], SourceConfig]:
+    """What the file named by --config and the flags give, flags last, and the options that steer the reading."""
+    given = parse(argv, program)
+    source = _source(given)
+    if source.config:
+        from_file = read_yaml(source.config, program)
+        given = [*_without_overridden(from_file, given), *given]
+        source = _source(given)
+    return given, source
+
+
+def _source(given: Sequence[Given]) -> SourceConfig:
+    paths = {item.flag.path: item.value for item in given if item.flag.path}
+    return SourceConfig(**{path.split(".")[1]: value for path, value in paths.items() if path.startswith("source.")})
+
+
 def read_yaml(path: str, program: str) -> list[Given]:
-    """Options of a YAML file; raises ModelLinkError naming the file for a missing file, broken YAML and unknown keys."""
+    """Options of a YAML file; a missing file, broken YAML and unknown keys raise ModelLinkError naming the file."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -102,7 +132,7 @@ def _rank() -> int:
 def _without_overridden(from_file: Sequence[Given], flags: Sequence[Given]) -> list[Given]:
     """What a file gives, less the fields that flags set: a flag wins over the file whatever its spelling."""
     by_flags = {item.flag.path for item in flags if item.flag.path}
-    by_flags |= {path for item in flags for path in item.flag.sets if path}
+    by_flags |= {path for item in flags for path in item.flag.sets}
     return [item for item in from_file if not item.flag.path or item.flag.path not in by_flags]
 
 
@@ -180,8 +210,8 @@ def pad_vocabulary(resolved: ResolvedConfig) -> None:
 def set_tokenizer_size(resolved: ResolvedConfig, size: int) -> None:
     """Tell the configuration how many ids the tokenizer has, before the model is built.
 
-    Fills vocab_size and padded_vocab_size where no flag, preset or folder did; raises ModelLinkError when the embedding that was
-    asked for, or that the weights have, is too small for the tokenizer.
+    Fills vocab_size and padded_vocab_size where no flag, preset or folder did; raises ModelLinkError when the
+    embedding that was asked for, or that the weights have, is too small for the tokenizer.
     """
     model = resolved.config.model
     fixed = model.padded_vocab_size or 0
@@ -195,7 +225,8 @@ def set_tokenizer_size(resolved: ResolvedConfig, size: int) -> None:
             "model.padded_vocab_size" if _is_given(resolved, "model.padded_vocab_size") else "model.vocab_size"
         ]
         raise ModelLinkError(
-            f"the tokenizer has {size} ids but the embedding only {fixed} rows ({origin}): use the tokenizer that belongs to these "
+            f"the tokenizer has {size} ids but the embedding only {fixed} rows ({origin}): use the tokenizer that "
+            "belongs to these "
             f"weights, or give --padded-vocab-size {size} or more for a model that starts from random weights."
         )
     resolved.set("model.vocab_size", size, "tokenizer")

@@ -1,8 +1,9 @@
 """Every option of training and inference, declared once: name, type, default, meaning.
 
-A field here *is* the option: `flags.py` derives the command-line flag (``--`` + name with dashes unless the Megatron dialect
-spells it otherwise), `load.py` the YAML key, `--help` its text. Sections are plain dataclasses; code receives the section it needs
-and nothing reads a global. A default of None means "derived": the rule stands in the help text and in `resolve_*` below.
+A field here *is* the option: `flags.py` derives the command-line flag (``--`` + name with dashes unless the Megatron
+dialect spells it otherwise), `load.py` the YAML key, `--help` its text. Sections are plain dataclasses; code receives
+the section it needs and nothing reads a global. A default of None means "derived": the rule stands in the help text
+and in `resolve_*` below.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from typing import Any
 def option(
     default: Any = dataclasses.MISSING, *, help: str, choices: tuple[Any, ...] | None = None, **extra: Any
 ) -> Any:
-    """Declare one option. Lists get a fresh copy per instance; `extra` is kept as metadata (for example `unit="tokens"`)."""
+    """Declare one option. Lists get a fresh copy per instance. `programs` in `extra` limits the programs that have
+    it.
+    """
     metadata = {"help": help, "choices": choices, **extra}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -367,7 +370,7 @@ class GenerateConfig:
     history_turns: int = option(3, help="earlier exchanges a chat keeps")
     task: list[str] | None = option(
         None,
-        help="demonstrations to run: greedy, do_sample, beam_search, beam_search_with_sampling, return_output_log_probs, chat",
+        help="demonstrations: greedy, do_sample, beam_search, beam_search_with_sampling, return_output_log_probs, chat",
         programs=("generate", "chat"),
     )
     prompt: list[str] | None = option(None, help="prompts to answer", programs=("generate", "chat"))
@@ -402,7 +405,12 @@ class SourceConfig:
     config: str | None = option(
         None, help="YAML file of options; keys are flag names with dashes or underscores; flags win"
     )
-    model: str | None = option(None, help="architecture preset, for example llama2-7b (see `modellink models`)")
+    model: str | None = option(
+        None,
+        help="architecture preset, for example llama2-7b (see `modellink models`)",
+        programs=("train", "generate", "chat", "evaluate"),
+    )
+    debug: bool = option(False, help="show tracebacks", programs=("preprocess", "convert"))
     print_config: bool = option(False, help="print the resolved configuration with the origin of each value and exit")
 
 

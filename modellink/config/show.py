@@ -41,7 +41,8 @@ def describe(resolved: ResolvedConfig) -> str:
     note = "" if known else " without the vocabulary, whose size comes from the tokenizer"
     lines = [
         f"# parameters: {count} ({count / 1e9:.3f} billion){note}",
-        f"# world size: {resolved.world_size} = tensor {parallel.tensor_parallel} x pipeline {parallel.pipeline_parallel}"
+        f"# world size: {resolved.world_size} = tensor {parallel.tensor_parallel} x pipeline "
+        f"{parallel.pipeline_parallel}"
         f" x context {parallel.context_parallel} x data {resolved.data_parallel}",
         f"# data-parallel size: {resolved.data_parallel}",
     ]

@@ -1,6 +1,8 @@
-"""Rules between options. Each broken rule raises one ModelLinkError: what, the values, and how to fix it with the flags to use.
+"""Rules between options. Each broken rule raises one ModelLinkError: what, the values, and how to fix it with the
+flags to use.
 
-Every rule reads the configuration and the world size only, so all ranks raise the same error without talking to each other.
+Every rule reads the configuration and the world size only, so all ranks raise the same error without talking to each
+other.
 """
 
 from __future__ import annotations
@@ -16,17 +18,21 @@ if TYPE_CHECKING:
     from modellink.config.load import ResolvedConfig
 
 POSITIVE = (
-    "model.num_layers model.hidden_size model.num_attention_heads model.num_key_value_heads model.head_dim model.ffn_hidden_size "
+    "model.num_layers model.hidden_size model.num_attention_heads model.num_key_value_heads model.head_dim "
+    "model.ffn_hidden_size "
     "model.vocab_size model.padded_vocab_size model.vocab_multiple model.max_position_embeddings model.sliding_window "
     "parallel.tensor_parallel parallel.pipeline_parallel parallel.context_parallel parallel.expert_parallel "
     "parallel.layers_per_virtual_stage parallel.data_parallel_replicas parallel.recompute_num_layers "
-    "parallel.distributed_timeout_minutes train.micro_batch_size train.global_batch_size train.train_iters train.train_samples "
+    "parallel.distributed_timeout_minutes train.micro_batch_size train.global_batch_size train.train_iters "
+    "train.train_samples "
     "train.log_interval train.eval_interval train.exit_interval train.tensorboard_log_interval data.seq_length "
-    "data.pad_to_multiple_of checkpoint.save_interval checkpoint.keep_checkpoints generate.max_new_tokens generate.num_beams "
+    "data.pad_to_multiple_of checkpoint.save_interval checkpoint.keep_checkpoints generate.max_new_tokens "
+    "generate.num_beams "
     "evaluate.evaluation_batch_size evaluate.max_eval_samples model.norm_epsilon model.rope_theta"
 ).split()
 NOT_NEGATIVE = (
-    "train.eval_iters optimizer.lr optimizer.min_lr optimizer.lr_warmup_iters optimizer.lr_warmup_samples optimizer.weight_decay "
+    "train.eval_iters optimizer.lr optimizer.min_lr optimizer.lr_warmup_iters optimizer.lr_warmup_samples "
+    "optimizer.weight_decay "
     "optimizer.clip_grad data.num_workers generate.history_turns generate.top_k generate.temperature"
 ).split()
 SHARES = ("model.attention_dropout", "model.hidden_dropout", "optimizer.adam_beta1", "optimizer.adam_beta2")
@@ -73,7 +79,8 @@ def _model(resolved: ResolvedConfig) -> None:
         folder = resolved.config.checkpoint.load or resolved.config.checkpoint.pretrained_checkpoint
         hint = f" ({folder} states no architecture)" if folder else ""
         raise ModelLinkError(
-            f"the architecture is not known{hint}: give {', '.join(missing)}, or --model NAME (see `modellink models`), "
+            f"the architecture is not known{hint}: give {', '.join(missing)}, or --model NAME (see `modellink "
+            "models`), "
             "or --load with a Hugging Face folder or a checkpoint."
         )
     assert (
@@ -86,18 +93,21 @@ def _model(resolved: ResolvedConfig) -> None:
     derived_head = resolved.origins["model.head_dim"].startswith("derived")
     if derived_head and model.hidden_size % model.num_attention_heads:
         raise ModelLinkError(
-            f"{_given(resolved, 'model.hidden_size')} is not divisible by {_given(resolved, 'model.num_attention_heads')}: "
+            f"{_given(resolved, 'model.hidden_size')} is not divisible by "
+            f"{_given(resolved, 'model.num_attention_heads')}: "
             f"change one, or give the head size with {flag_of('model.head_dim')}."
         )
     if model.num_attention_heads % model.num_key_value_heads:
         raise ModelLinkError(
             f"{model.num_attention_heads} query heads do not split over {model.num_key_value_heads} key/value heads "
-            f"({resolved.origins['model.num_key_value_heads']}): {flag_of('model.num_key_value_heads')} (or --num-query-groups) must "
+            f"({resolved.origins['model.num_key_value_heads']}): {flag_of('model.num_key_value_heads')} (or "
+            "--num-query-groups) must "
             f"divide {flag_of('model.num_attention_heads')}."
         )
     if model.position_embedding == "learned_absolute" and model.max_position_embeddings is None:
         raise ModelLinkError(
-            f"learned positions need {flag_of('model.max_position_embeddings')}, or choose --position-embedding-type rope."
+            f"learned positions need {flag_of('model.max_position_embeddings')}, or choose --position-embedding-type "
+            "rope."
         )
     if data.seq_length and model.max_position_embeddings and data.seq_length > model.max_position_embeddings:
         raise ModelLinkError(
@@ -123,7 +133,8 @@ def _model(resolved: ResolvedConfig) -> None:
     layers = model.window_layers
     if layers not in ("all", "even") and (len(layers.split(",")) != model.num_layers or set(layers) - set("01, ")):
         raise ModelLinkError(
-            f"--window-layers {layers} must be all, even, or {model.num_layers} comma-separated zeros and ones (one per layer)."
+            f"--window-layers {layers} must be all, even, or {model.num_layers} comma-separated zeros and ones (one "
+            "per layer)."
         )
 
 
@@ -148,7 +159,8 @@ def _layout(resolved: ResolvedConfig) -> None:
         size = resolved.get(path)
         if size and size % tensor:
             raise ModelLinkError(
-                f"{size} {word} do not split over {_given(resolved, 'parallel.tensor_parallel')}: choose a tensor-parallel size "
+                f"{size} {word} do not split over {_given(resolved, 'parallel.tensor_parallel')}: choose a "
+                "tensor-parallel size "
                 f"that divides {size}, or change {flag_of(path)}."
             )
     model_parallel = tensor * parallel.pipeline_parallel * parallel.context_parallel
@@ -160,11 +172,13 @@ def _layout(resolved: ResolvedConfig) -> None:
         )
     if resolved.data_parallel % parallel.data_parallel_replicas:
         raise ModelLinkError(
-            f"{_given(resolved, 'parallel.data_parallel_replicas')} does not divide the data-parallel size {resolved.data_parallel}."
+            f"{_given(resolved, 'parallel.data_parallel_replicas')} does not divide the data-parallel size "
+            f"{resolved.data_parallel}."
         )
     if parallel.sequence_parallel and config.data.seq_length and config.data.seq_length % tensor:
         raise ModelLinkError(
-            f"--sequence-parallel cuts the sequence over tensor ranks, but {_given(resolved, 'data.seq_length')} is not divisible by "
+            f"--sequence-parallel cuts the sequence over tensor ranks, but {_given(resolved, 'data.seq_length')} is "
+            "not divisible by "
             f"{_given(resolved, 'parallel.tensor_parallel')}: change one or leave out --sequence-parallel."
         )
     if parallel.distributed_optimizer and parallel.zero_stage == 0:
@@ -196,7 +210,8 @@ def _stages(resolved: ResolvedConfig) -> None:
         return
     if layers % pipeline:
         raise ModelLinkError(
-            f"{layers} layers do not split over {_given(resolved, 'parallel.pipeline_parallel')}: choose a size that divides {layers}, "
+            f"{layers} layers do not split over {_given(resolved, 'parallel.pipeline_parallel')}: choose a size that "
+            f"divides {layers}, "
             f"or give uneven stages with {stage_flag}."
         )
     if chunk is None:
@@ -216,13 +231,15 @@ def _batches(resolved: ResolvedConfig) -> None:
         at_once = train.micro_batch_size * resolved.data_parallel
         if train.global_batch_size % at_once:
             raise ModelLinkError(
-                f"{_given(resolved, 'train.global_batch_size')} is not divisible by {_given(resolved, 'train.micro_batch_size')} x "
+                f"{_given(resolved, 'train.global_batch_size')} is not divisible by "
+                f"{_given(resolved, 'train.micro_batch_size')} x "
                 f"{resolved.data_parallel} data-parallel ranks: use a multiple of {at_once}."
             )
         micro_batches = train.global_batch_size // at_once
         if parallel.layers_per_virtual_stage and micro_batches % parallel.pipeline_parallel:
             raise ModelLinkError(
-                f"an interleaved pipeline needs a multiple of {parallel.pipeline_parallel} micro-batches per step, not {micro_batches}: "
+                f"an interleaved pipeline needs a multiple of {parallel.pipeline_parallel} micro-batches per step, "
+                f"not {micro_batches}: "
                 f"use a {flag_of('train.global_batch_size')} divisible by {at_once * parallel.pipeline_parallel}."
             )
         if train.rampup_batch_size is not None:
@@ -274,14 +291,16 @@ def _optimizer(resolved: ResolvedConfig) -> None:
         )
     if optimizer.override_schedule and optimizer.use_checkpoint_schedule:
         raise ModelLinkError(
-            f"{flag_of('optimizer.override_schedule')} and {flag_of('optimizer.use_checkpoint_schedule')} exclude each other."
+            f"{flag_of('optimizer.override_schedule')} and {flag_of('optimizer.use_checkpoint_schedule')} exclude "
+            "each other."
         )
     if optimizer.weight_decay_incr_style != "constant" and None in (
         optimizer.start_weight_decay,
         optimizer.end_weight_decay,
     ):
         raise ModelLinkError(
-            f"--weight-decay-incr-style {optimizer.weight_decay_incr_style} needs --start-weight-decay and --end-weight-decay."
+            f"--weight-decay-incr-style {optimizer.weight_decay_incr_style} needs --start-weight-decay and "
+            "--end-weight-decay."
         )
 
 

@@ -1,4 +1,4 @@
-"""Architectures with a name: `--model llama2-7b`. Each is a row of data over the decoder, taken from the published config files."""
+"""Architectures with a name (`--model llama2-7b`): rows of data over the decoder, from the published config files."""
 
 from __future__ import annotations
 
@@ -57,8 +57,12 @@ for _name, _fields in {
     | {"vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0},
     "llama3.1-8b": _LLAMA31 | _sizes(32, 4096, 32, 8, 14336),
     "llama3.1-70b": _LLAMA31 | _sizes(80, 8192, 64, 8, 28672),
-    "llama3.2-1b": _LLAMA31 | _sizes(16, 2048, 32, 8, 8192) | {"rope_scaling_factor": 32.0, "tie_word_embeddings": True},
-    "llama3.2-3b": _LLAMA31 | _sizes(28, 3072, 24, 8, 8192) | {"rope_scaling_factor": 32.0, "tie_word_embeddings": True},
+    "llama3.2-1b": _LLAMA31
+    | _sizes(16, 2048, 32, 8, 8192)
+    | {"rope_scaling_factor": 32.0, "tie_word_embeddings": True},
+    "llama3.2-3b": _LLAMA31
+    | _sizes(28, 3072, 24, 8, 8192)
+    | {"rope_scaling_factor": 32.0, "tie_word_embeddings": True},
     "qwen2.5-0.5b": _QWEN25_SMALL | _sizes(24, 896, 14, 2, 4864),
     "qwen2.5-1.5b": _QWEN25_SMALL | _sizes(28, 1536, 12, 2, 8960),
     "qwen2.5-7b": _QWEN2 | _sizes(28, 3584, 28, 4, 18944) | {"vocab_size": 152064, "max_position_embeddings": 131072},

@@ -1,0 +1,48 @@
+"""`modellink convert` and `convert_ckpt.py`: Hugging Face folder <-> native checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from modellink.config.convert_schema import ConvertConfig
+from modellink.config.load import load_section
+from modellink.errors import ModelLinkError
+
+# Every spelling of a format -> the format. Megatron's files are named here to say that they come later.
+FORMATS = {
+    "hf": "hf",
+    "llama2_hf": "hf",
+    "save_huggingface_llama": "hf",
+    "native": "native",
+    "mg": "Megatron",
+    "megatron": "Megatron",
+    "mcore": "Megatron",
+    "legacy": "Megatron",
+}
+
+
+def run(argv: Sequence[str]) -> int:
+    """Read the options, then convert."""
+    config: ConvertConfig = load_section(argv, "convert")
+    if not config.load_dir or not config.save_dir:
+        raise ModelLinkError("convert needs --load-dir FOLDER and --save-dir FOLDER.")
+    if config.lora_load:
+        raise ModelLinkError("--lora-load is refused: merging adapters is not built yet.")
+    target = _format(config.save_model_type or config.saver, "--save-model-type")
+    if target is None:
+        raise ModelLinkError("--save-model-type is missing: give hf or native.")
+    _format(config.load_model_type or config.loader, "--load-model-type")
+    from modellink.checkpoint.convert import convert
+
+    convert(config.load_dir, config.save_dir, to=target)
+    return 0
+
+
+def _format(name: str | None, flag: str) -> str | None:
+    if name is None:
+        return None
+    if name not in FORMATS:
+        raise ModelLinkError(f"{flag} {name} is unknown: use hf or native.")
+    if FORMATS[name] == "Megatron":
+        raise ModelLinkError(f"{flag} {name} is refused: Megatron's checkpoint files are not built yet; use hf or native.")
+    return FORMATS[name]
