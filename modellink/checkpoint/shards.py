@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.tensor import DTensor
 
+from modellink import device
 from modellink.errors import ModelLinkError, RunFailure
 
 INDEX = ".metadata"
@@ -140,7 +141,7 @@ def stage(tensors: Mapping[str, torch.Tensor], buffers: dict[str, torch.Tensor])
             buffer = buffers[name] = torch.empty(local.shape, dtype=local.dtype, pin_memory=pin)
         staged[name] = buffer.copy_(local, non_blocking=True)
     if any(tensor.device.type != "cpu" for tensor in tensors.values()):
-        torch.accelerator.synchronize()
+        device.synchronize()
     return staged
 
 
