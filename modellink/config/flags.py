@@ -137,15 +137,18 @@ def _split_kind(text: str) -> tuple[str, str]:
 @functools.cache
 def flags(program: str) -> tuple[Flag, ...]:
     """All rows of `program`, native ones first. A spelling that two rows claim is a programming error."""
-    made = [row for section, cls in section_types(program).items() for row in _native(section, cls, program)]
     group = program if program in ("preprocess", "convert") else "run"
+    without_effect = [names for _, names, *_ in (*rows.ACCEPTED[group], *rows.REFUSED[group])]
+    listed = {_split_kind(name)[0] for names in without_effect for name in names.split()}
+    fields = [row for section, cls in section_types(program).items() for row in _native(section, cls, program)]
+    made = [row for row in fields if row.name not in listed]  # a field kept for old callers has the table's status
     for order, (text, sets, help_text, *options) in enumerate(rows.ALIASES.get(group, ())):
         name, kind = _split_kind(text)
         extra: dict[str, Any] = options[0] if options else {}
         made.append(Flag((name,), "alias", kind, sets=sets, help=help_text, order=order, **extra))
-    for why, names in rows.ACCEPTED.get(group, ()):
+    for why, names in rows.ACCEPTED[group]:
         made += [Flag((n,), "accepted", k, help=why) for n, k in map(_split_kind, names.split())]
-    for why, names, harmless in rows.REFUSED.get(group, ()):
+    for why, names, harmless in rows.REFUSED[group]:
         made += [Flag((n,), "refused", k, help=why, harmless=harmless) for n, k in map(_split_kind, names.split())]
     if program == "evaluate":
         made += [Flag(("--greedy",), "accepted", "switch", help="decoding is greedy unless --do-sample is given")]
@@ -188,8 +191,8 @@ def spell(path: str, value: Any) -> str:
     flag = _by_path()[path]
     if flag.kind == "switch":
         return flag_of(path, value)
-    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return f"{flag.name} {text}"
+    joint = "," if flag.kind == "ints" else " "
+    return f"{flag.name} {joint.join(map(str, value)) if isinstance(value, list) else value}"
 
 
 # -- values -----------------------------------------------------------------------------------------------------------
@@ -297,22 +300,21 @@ def build_parser(program: str) -> argparse.ArgumentParser:
         section: parser.add_argument_group(section, (cls.__doc__ or "").strip().splitlines()[0])
         for section, cls in section_types(program).items()
     }
-    groups["alias"] = parser.add_argument_group(
-        "aliases", "Flags that set several options at once or state one in other units."
-    )
+    if any(flag.status == "alias" for flag in flags(program)):
+        text = "Flags that set several options at once or state one in other units."
+        groups["alias"] = parser.add_argument_group("aliases", text)
     for index, flag in enumerate(flags(program)):
         hidden = flag.status in ("accepted", "refused")
-        nargs: Any = {"switch": 0, "ints": "+", "strs": "*", "floats": "+", "any": "*"}.get(flag.kind)
         group: Any = parser if hidden else groups[flag.path.split(".")[0] if flag.path else "alias"]
-        group.add_argument(
-            *flag.spellings,
-            action=_Record,
-            nargs=nargs,
-            dest=f"flag{index}",
-            default=argparse.SUPPRESS,
-            metavar=None if flag.kind == "switch" else flag.kind.rstrip("s").upper(),
-            help=argparse.SUPPRESS if hidden else _help_text(flag),
-        )
+        nargs: Any = {"switch": 0, "ints": "+", "strs": "*", "floats": "+", "any": "*"}.get(flag.kind)
+        metavar = None if flag.kind == "switch" else flag.kind.rstrip("s").upper()
+        common: dict[str, Any] = {"action": _Record, "nargs": nargs, "dest": f"flag{index}", "default": argparse.SUPPRESS}
+        help_text = argparse.SUPPRESS if hidden else _help_text(flag)
+        if flag.kind == "switch" and not flag.default and flag.negatives:
+            group.add_argument(*flag.names, help=help_text, **common)
+            group.add_argument(*flag.negatives, help=argparse.SUPPRESS, **common)
+        else:
+            group.add_argument(*flag.spellings, help=help_text, metavar=metavar, **common)
     return parser
 
 

@@ -17,6 +17,7 @@ INTRO = """# Flags
 Every flag and what becomes of it, made from the table in `modellink/config` by `python -m modellink.config.flags_doc`.
 *native*: an option of this program. *alias*: sets the options named. *accepted*: no effect; warns and says why.
 *refused*: an error that says why and what to use. A flag that is in none of these tables is an error with a suggestion.
+A switch `--x` that is off has a `--no-x` that takes it back from a YAML file.
 Every option is also a YAML key of `--config FILE`, with dashes or underscores.
 """
 
@@ -40,7 +41,8 @@ def page() -> str:
             shown |= {flag.name for flag in table}
         parts.append(f"\n## {title}\n\n| flag | value | status | meaning |\n|---|---|---|---|")
         for flag in sorted(table, key=lambda f: (STATUSES.index(f.status), f.path or "", f.order)):
-            spellings = ", ".join(f"`{s}`" for s in flag.spellings)
+            names = flag.names if flag.kind == "switch" and not flag.default else flag.spellings
+            spellings = ", ".join(f"`{s}`" for s in names)
             value = {"switch": "", "any": "..."}.get(flag.kind, flag.kind)
             parts.append(f"| {spellings} | {value} | {flag.status} | {_meaning(flag).replace('|', chr(92) + '|')} |")
     return "\n".join(parts) + "\n"
