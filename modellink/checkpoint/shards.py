@@ -43,8 +43,6 @@ _RECORDS = {
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},
-    "collections": {"OrderedDict"},
-    "builtins": {"dict", "list", "tuple", "set", "int", "float", "str", "bytes", "bool", "complex"},
 }  # fmt: skip
 
 
