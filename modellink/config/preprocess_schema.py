@@ -13,8 +13,9 @@ class PreprocessConfig:
 
     input: str = option(
         "",
-        help="raw data: a parquet, arrow, csv, json, jsonl or txt file, several joined by commas, or a folder, of which "
-        "the files with the most frequent of these extensions are read; with --merge-group-keys a folder of pairs",
+        help="raw data: a parquet, arrow, csv, json, jsonl or txt file, several joined by commas, or a folder, of "
+        "which the files with the most frequent of these extensions are read; with --merge-group-keys a folder of "
+        "pairs",
     )
     output_prefix: str = option("", help="files written are PREFIX_KEY_document.bin and .idx, one pair per key")
     handler_name: str = option("", help="what a row becomes; empty is GeneralPretrainHandler")
@@ -54,7 +55,9 @@ class PreprocessConfig:
     )
     overwrite_cache: bool = option(False, help="start over even where an interrupted run could be continued")
     log_interval: int = option(100, help="documents between two updates of the progress bar")
-    cache_dir: str = option("~/tmp", help="without effect: data is streamed; an interrupted run is kept beside its output")
+    cache_dir: str = option(
+        "~/tmp", help="without effect: data is streamed; an interrupted run is kept beside its output"
+    )
     streaming: bool = option(False, help="without effect: data is always streamed")
     hf_datasets_params: str | None = option(None, help="refused: rows are read as they are; name the files in --input")
     split_sentences: bool = option(False, help="refused: sentence-wise files serve BERT-style training")

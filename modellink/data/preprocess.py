@@ -99,7 +99,9 @@ def merge_groups(config: PreprocessConfig) -> PreprocessSummary:
         # an earlier result in the same folder is not input
         pairs = [pair for pair in pairs if Path(pair).resolve() != Path(target).resolve()]
         if not pairs:
-            raise ModelLinkError(f"folder {folder} has no .bin/.idx pair with {key!r} in its name; check --merge-group-keys")
+            raise ModelLinkError(
+                f"folder {folder} has no .bin/.idx pair with {key!r} in its name; check --merge-group-keys"
+            )
         merge(pairs, target)
         prefixes[key] = target
         merged = IndexedDataset(target)
@@ -309,9 +311,7 @@ class _Run:
             _INHERITED.pop()
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _take(
-        self, waiting: deque[tuple[Chunk, Future[dict[str, Encoded]]]]
-    ) -> tuple[Chunk, dict[str, Encoded]]:
+    def _take(self, waiting: deque[tuple[Chunk, Future[dict[str, Encoded]]]]) -> tuple[Chunk, dict[str, Encoded]]:
         chunk, future = waiting.popleft()
         try:
             return chunk, future.result()

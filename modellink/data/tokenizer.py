@@ -99,7 +99,7 @@ class HFTokenizer:
         return [encoding.ids for encoding in batch]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        return self.hf.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return str(self.hf.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
 
 class Llama2Tokenizer:
