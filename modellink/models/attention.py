@@ -84,6 +84,7 @@ class AttentionCore(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.scale = (config.query_scale or config.head_dim) ** -0.5
+        self.divisor = layer + 1 if config.query_key_layer_scaling else 1
         self.window = config.sliding_window if config.layer_has_window(layer) else None
         self.softcap = config.attention_logit_softcap
         self.alibi = config.position_embedding == "alibi"
@@ -94,6 +95,9 @@ class AttentionCore(nn.Module):
     def forward(self, q_BHSK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask: AttentionMask) -> Tensor:
         """Returns [B, H, S, K] in the dtype of q."""
         probability = self.dropout.p if self.training else 0.0
+        scale = self.scale
+        if self.divisor != 1:  # smaller products in fp16; the kernels multiply back in fp32
+            q_BHSK, scale = q_BHSK / self.divisor, scale * self.divisor
         trivial = mask.is_trivial(self.window) and not self.alibi and self.softcap is None
         with self.dropout.region():
             if trivial:
@@ -103,7 +107,7 @@ class AttentionCore(nn.Module):
                     v_BGTK,
                     dropout_p=probability,
                     is_causal=mask.query_length > 1,
-                    scale=self.scale,
+                    scale=scale,
                     enable_gqa=q_BHSK.shape[1] != k_BGTK.shape[1],
                 )
             repeats = q_BHSK.shape[1] // k_BGTK.shape[1]
@@ -112,12 +116,12 @@ class AttentionCore(nn.Module):
             bias = self._bias(mask, q_BHSK)
             if self.softcap is None:
                 return F.scaled_dot_product_attention(
-                    q_BHSK, k_BGTK, v_BGTK, attn_mask=bias, dropout_p=probability, scale=self.scale
+                    q_BHSK, k_BGTK, v_BGTK, attn_mask=bias, dropout_p=probability, scale=scale
                 )
-            scores = (q_BHSK @ k_BGTK.transpose(-1, -2)) * self.scale
+            scores = (q_BHSK @ k_BGTK.transpose(-1, -2)).float() * scale
             scores = self.softcap * torch.tanh(scores / self.softcap)
             scores = scores.masked_fill(~bias, float("-inf")) if bias.dtype == torch.bool else scores + bias
-            weights = scores.softmax(-1, dtype=torch.float32).to(q_BHSK.dtype)
+            weights = scores.softmax(-1).to(q_BHSK.dtype)
             return F.dropout(weights, probability) @ v_BGTK
 
     def _bias(self, mask: AttentionMask, q_BHSK: Tensor) -> Tensor:

@@ -46,7 +46,8 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight + 1.0 if self.offset else self.weight
-        return F.layer_norm(x, weight.shape, weight, self.bias, self.epsilon)
+        weight, bias = weight.to(x.dtype), self.bias.to(x.dtype)  # x is wider where the residual stream is fp32
+        return F.layer_norm(x, weight.shape, weight, bias, self.epsilon)
 
 
 def make_norm(config: ModelConfig, size: int) -> RMSNorm | LayerNorm:

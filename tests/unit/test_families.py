@@ -1,0 +1,265 @@
+"""Every family against its own code: `transformers`, fp32, eager attention, batch 3, sequence 37, heads 6/2.
+
+The peer saves a folder, we read it: so config.json in the spelling of transformers 5, the names of the weights and the
+arithmetic are all under test at once. Weights are large enough for logits of order one to ten.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from modellink.checkpoint.hf import load_hf, read_config
+from modellink.checkpoint.mapping import to_canonical, to_hf
+from modellink.models.cache import KVCache
+from modellink.models.decoder import Decoder
+from modellink.models.families import FAMILIES
+
+BATCH, LENGTH, VOCAB = 3, 37, 203
+STEPS = [11, 5, *[1] * 21]  # how decoding feeds the sequence: a prompt, a chunk, single tokens
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "attn_implementation": "eager",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+ALL_BIAS = {"attention_bias": True, "mlp_bias": True}
+
+# (family, what is special, options of the peer's configuration class)
+CASES: list[tuple[str, str, dict[str, Any]]] = [
+    ("llama", "plain", {}),
+    ("llama", "heads of another size", {"head_dim": 14, "num_key_value_heads": 3}),
+    ("llama", "one kv head, tied, biases", {"num_key_value_heads": 1, "tie_word_embeddings": True, **ALL_BIAS}),
+    ("llama", "theta and epsilon", {"rope_theta": 5e5, "rms_norm_eps": 1e-3}),
+    ("llama", "linear", {"rope_scaling": {"rope_type": "linear", "factor": 3.0}}),
+    (
+        "llama",
+        "dynamic beyond the trained length",
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 16},
+    ),
+    ("llama", "dynamic within the trained length", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
+    ("llama", "llama3", {"rope_scaling": LLAMA3, "rope_theta": 50.0}),
+    ("llama", "yarn", {"rope_scaling": YARN}),
+    ("llama", "yarn both mscales", {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 0.4}}),
+    ("llama", "yarn one mscale", {"rope_scaling": YARN | {"mscale": 0.7}}),
+    ("llama", "yarn explicit factor", {"rope_scaling": YARN | {"attention_factor": 1.3}}),
+    (
+        "llama",
+        "yarn ramp",
+        {"rope_scaling": YARN | {"beta_fast": 4.0, "beta_slow": 0.5, "truncate": False}, "rope_theta": 100.0},
+    ),
+    ("llama", "gated erf gelu", {"hidden_act": "gelu"}),
+    ("llama", "gated relu", {"hidden_act": "relu"}),
+    ("mistral", "window", {"sliding_window": 9, "head_dim": 12}),
+    ("mistral", "no window", {"sliding_window": None, "rope_theta": 1e6}),
+    ("qwen2", "plain", {"rope_theta": 1e6}),
+    ("qwen2", "tied, yarn", {"tie_word_embeddings": True, "rope_scaling": YARN}),
+    ("qwen2", "window on upper layers", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    (
+        "qwen2",
+        "window on listed layers",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        },
+    ),
+    ("qwen3", "plain", {"head_dim": 16, "rope_theta": 1e6}),
+    ("qwen3", "biases, tied", {"head_dim": 10, "attention_bias": True, "tie_word_embeddings": True}),
+    ("qwen3", "window", {"head_dim": 8, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2}),
+    ("gemma", "plain", {"head_dim": 16}),
+    ("gemma", "one kv head, untied", {"head_dim": 20, "num_key_value_heads": 1, "tie_word_embeddings": False}),
+    ("gemma2", "plain", {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 9}),
+    (
+        "gemma2",
+        "tight caps",
+        {
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 4096,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    ("gemma2", "no caps", {"head_dim": 8, "attn_logit_softcapping": None, "final_logit_softcapping": None}),
+]
+CLASSES = {
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "gemma": (transformers.GemmaConfig, transformers.GemmaForCausalLM),
+    "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
+}
+IDS = [f"{family}-{what.replace(' ', '_')}" for family, what, _ in CASES]
+
+
+def randomise(model: nn.Module, seed: int = 0) -> None:
+    """Weights that make every part visible: matrices of spread 0.2, norm weights and biases far from one and zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        spread = 0.2 if parameter.dim() > 1 else 0.3
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator) * spread)
+
+
+def peer_of(family: str, options: dict[str, Any]) -> nn.Module:
+    config_class, model_class = CLASSES[family]
+    model = model_class(config_class(**SIZES | options)).eval()
+    randomise(model)
+    return model
+
+
+def ours_from(folder: Path, padding: int = 0) -> Decoder:
+    config = read_config(folder)
+    config.padded_vocab_size = config.vocab_size + padding
+    model = Decoder(config).eval()
+    load_hf(model, folder, progress=False)
+    return model
+
+
+def tokens() -> Tensor:
+    return torch.randint(0, VOCAB, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+def stepwise(model: Decoder, tokens_BS: Tensor) -> Tensor:
+    """Logits of all positions, decoded with a cache: a prompt, a chunk of several tokens, then one token at a time."""
+    cache = KVCache(model.config.num_layers, capacity=4)
+    return torch.cat([model(part, cache=cache) for part in tokens_BS.split(STEPS, 1)], 1)
+
+
+@pytest.mark.parametrize(("family", "what", "options"), CASES, ids=IDS)
+@torch.no_grad()
+def test_logits_and_cache(family: str, what: str, options: dict[str, Any], tmp_path: Path) -> None:
+    peer = peer_of(family, options)
+    peer.save_pretrained(tmp_path)
+    model = ours_from(tmp_path, padding=5)
+    assert model.config.family == family
+    theirs = peer(tokens(), use_cache=False).logits
+    ours = model(tokens())
+    assert theirs.std() > 0.5
+    torch.testing.assert_close(ours[..., :VOCAB], theirs, atol=1e-4, rtol=0)
+    if what != "dynamic beyond the trained length":
+        torch.testing.assert_close(stepwise(model, tokens()), ours, atol=1e-4, rtol=0)
+        return
+    # each new token changes all frequencies and cached keys are those of an earlier length: the peer decides
+    cache = transformers.DynamicCache(config=peer.config)
+    peer.model.rotary_emb(torch.zeros(1), torch.arange(4)[None])  # the peer remembers the longest sequence it saw
+    parts = [peer(part, past_key_values=cache).logits for part in tokens().split(STEPS, 1)]
+    torch.testing.assert_close(stepwise(model, tokens())[..., :VOCAB], torch.cat(parts, 1), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("place", [1, 15, 20, 22, 24, 26], ids=lambda place: IDS[place])
+def test_loss_and_gradients(place: int, tmp_path: Path) -> None:
+    family, _, options = CASES[place]
+    peer = peer_of(family, options)
+    peer.save_pretrained(tmp_path)
+    model = ours_from(tmp_path)
+    batch = tokens()
+    theirs = peer(batch, labels=batch, use_cache=False).loss
+    ours = nn.functional.cross_entropy(model(batch)[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+    assert abs(theirs.item() - ours.item()) < 1e-5
+    theirs.backward()
+    ours.backward()
+    expected = {name: parameter.grad for name, parameter in peer.named_parameters()}
+    for name, parameter in model.named_parameters():
+        gradient = expected.pop(to_hf(FAMILIES.get(family), name))
+        scale = gradient.abs().max().item()
+        assert scale > 0
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-5 * max(scale, 1.0), rtol=1e-4, msg=name)
+    assert not expected
+
+
+@torch.no_grad()
+def test_internlm_and_aquila_are_llama_with_another_spelling(tmp_path: Path) -> None:
+    for bias, spelled in (
+        (True, {"architectures": ["InternLMForCausalLM"], "bias": True, "rotary": {"base": 10000, "type": "origin"}}),
+        (False, {"architectures": ["AquilaForCausalLM"], "model_type": "aquila", "rope_theta": 10000.0}),
+    ):
+        peer = peer_of("llama", {"num_key_value_heads": 6, "attention_bias": bias})
+        folder = tmp_path / str(bias)
+        peer.save_pretrained(folder)
+        (folder / "config.json").write_text(json.dumps(_plain_sizes() | {"num_key_value_heads": 6} | spelled))
+        model = ours_from(folder)
+        torch.testing.assert_close(model(tokens()), peer(tokens()).logits, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_internlm_dynamic_rotation_is_llamas(tmp_path: Path) -> None:
+    scaling = {"rope_type": "dynamic", "factor": 1.5}
+    peer = peer_of("llama", {"attention_bias": True, "rope_scaling": scaling, "max_position_embeddings": 16})
+    peer.save_pretrained(tmp_path)
+    rotary = {"base": 10000, "type": "dynamic", "scaling_factor": 1.5}
+    spelled = {"architectures": ["InternLMForCausalLM"], "rotary": rotary, "max_position_embeddings": 16}
+    (tmp_path / "config.json").write_text(json.dumps(_plain_sizes() | spelled))
+    torch.testing.assert_close(ours_from(tmp_path)(tokens()), peer(tokens()).logits, atol=1e-4, rtol=0)
+
+
+def _plain_sizes() -> dict[str, Any]:
+    return {key: value for key, value in SIZES.items() if key != "attn_implementation"} | {
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+    }
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+@torch.no_grad()
+def test_norm_rounds_as_the_family_does_in_bfloat16(family: str) -> None:
+    peer = peer_of(family, {}).to(torch.bfloat16)
+    config = read_like(family)
+    ours = Decoder(config).to(torch.bfloat16).norm
+    ours.weight.copy_(peer.model.norm.weight)
+    x = (torch.randn(64, 48, generator=torch.Generator().manual_seed(2)) * 3).to(torch.bfloat16)
+    assert torch.equal(ours(x), peer.model.norm(x))
+
+
+def read_like(family: str) -> Any:
+    content = {key: value for key, value in SIZES.items() if key != "attn_implementation"}
+    config = FAMILIES.get(family).read(content, "config.json")
+    return dataclasses.replace(config, padded_vocab_size=VOCAB)
+
+
+def test_names_map_both_ways() -> None:
+    for family in map(FAMILIES.get, FAMILIES):
+        ours = [f"{module.format(12)}.weight" for module in family.names]
+        theirs = [to_hf(family, name) for name in ours]
+        assert len(set(theirs)) == len(ours)
+        assert [to_canonical(family, name) for name in theirs] == ours
+        assert to_canonical(family, "model.layers.1.mlp.experts.3.up_proj.weight") is None
+
+
+def test_gemma2_norms_change_places() -> None:
+    gemma2 = FAMILIES.get("gemma2")
+    assert to_hf(gemma2, "layers.4.post_attention_layernorm.weight") == (
+        "model.layers.4.pre_feedforward_layernorm.weight"
+    )
+    assert to_canonical(gemma2, "model.layers.4.post_attention_layernorm.weight") == (
+        "layers.4.attention_output_norm.weight"
+    )
+
+
+def test_names_of_models_lead_to_their_family() -> None:
+    expected = {"llama3.1": "llama", "yi": "llama", "codellama": "llama", "aquila2": "aquila", "qwen1.5": "qwen2"}
+    assert {name: FAMILIES.get(name).name for name in expected} == expected
