@@ -44,5 +44,7 @@ def _format(name: str | None, flag: str) -> str | None:
     if name not in FORMATS:
         raise ModelLinkError(f"{flag} {name} is unknown: use hf or native.")
     if FORMATS[name] == "Megatron":
-        raise ModelLinkError(f"{flag} {name} is refused: Megatron's checkpoint files are not built yet; use hf or native.")
+        raise ModelLinkError(
+            f"{flag} {name} is refused: Megatron's checkpoint files are not built yet; use hf or native."
+        )
     return FORMATS[name]

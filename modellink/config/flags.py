@@ -308,7 +308,12 @@ def build_parser(program: str) -> argparse.ArgumentParser:
         group: Any = parser if hidden else groups[flag.path.split(".")[0] if flag.path else "alias"]
         nargs: Any = {"switch": 0, "ints": "+", "strs": "*", "floats": "+", "any": "*"}.get(flag.kind)
         metavar = None if flag.kind == "switch" else flag.kind.rstrip("s").upper()
-        common: dict[str, Any] = {"action": _Record, "nargs": nargs, "dest": f"flag{index}", "default": argparse.SUPPRESS}
+        common: dict[str, Any] = {
+            "action": _Record,
+            "nargs": nargs,
+            "dest": f"flag{index}",
+            "default": argparse.SUPPRESS,
+        }
         help_text = argparse.SUPPRESS if hidden else _help_text(flag)
         if flag.kind == "switch" and not flag.default and flag.negatives:
             group.add_argument(*flag.names, help=help_text, **common)

@@ -1,4 +1,4 @@
-"""The flag table as a page: `python -m modellink.config.flags_doc > docs/flags.md`. A test keeps the page up to date."""
+"""The flag table as a page: `python -m modellink.config.flags_doc > docs/flags.md`; a test keeps it up to date."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every launch line of the reference: it resolves to a configuration, or is refused in one sentence that names a flag."""
+"""Every launch line of the reference: it resolves, or is refused in one sentence that names one of its flags."""
 
 from __future__ import annotations
 
