@@ -1,6 +1,6 @@
 """Instruction data as training samples: three token files of one prefix, one document per sample (spec d.2, d.8).
 
-    train, valid, test = build_instruction_datasets(prefix, "949,50,1", sequence_length=512, seed=1234, num_samples=(2000, 200, 200))
+    train, valid, test = build_instruction_datasets(prefix, "949,50,1", 512, num_samples=(2000, 200, 200))
     batch = collate([train[i] for i in range(4)], 512, pad_id=0)     # {"tokens": [4, 512], "labels": [4, 512]}
 
 Every epoch visits each document of a split once, in a new order drawn from one RandomState(seed). A sample's labels

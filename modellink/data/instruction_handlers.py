@@ -202,7 +202,7 @@ class AlpacaStyleInstructionHandler(TemplateHandler):
 
 @HANDLERS.register("SharegptStyleInstructionHandler")
 class SharegptStyleInstructionHandler(TemplateHandler):
-    """Whole conversations: a list of messages per row, whose tags --map-keys may rename (OpenAI's role/content, ...)."""
+    """Whole conversations: a list of messages per row, whose tags --map-keys can rename (for example as OpenAI does)."""
 
     TAGS = {
         "role_tag": "from",

@@ -74,15 +74,16 @@ class Template:
         """
         messages, system = split_system(messages, system)
         text = (self.default_system if system is None else system) + (describe_tools(tools) if tools else "")
+        with_system = bool(text or tools)  # a list of no tools leaves an empty block
         turns = []
         for number in range(0, len(messages), 2):
             question = messages[number]
             block = self.user if question["role"] == "user" else self.observation or self.user
             content, first = question["content"], number == 0
             opening: list[int] = self._ids(tokenizer, self.prefix if first else self.separator)
-            if first and text and self.system_in_user:
+            if first and with_system and self.system_in_user:
                 content = "".join(str(p) for p in self.system).replace("{content}", text) + content
-            elif first and text:
+            elif first and with_system:
                 opening += self._ids(tokenizer, self.system, text)
             source = opening + self._ids(tokenizer, block, content, number // 2 + 1)
             if number + 1 == len(messages):  # the model is to speak: what precedes its text belongs to the source

@@ -26,7 +26,7 @@ ROWS: list[dict[str, Any]] = [
     {"instruction": "Add", "input": "1 2", "output": "three"},
     {"instruction": "Go on", "input": "", "output": "done", "history": [["one", "two"], ["three", "four"]]},
     {"instruction": "Long", "input": "", "output": "word " * 60},
-    {"instruction": "List", "input": "", "output": ["only"], "system": "Be brief."},
+    {"instruction": "List", "input": "", "output": ["only"], "system": "Be brief"},
     {"instruction": "Bad", "input": "", "output": ["a", "b"]},
 ]
 WHERE = "rows.jsonl line {}".format
@@ -86,7 +86,7 @@ def test_rows_become_three_files_and_bad_rows_are_named(
     assert read(tokenizer, ids[0]) == "Human : Say hi Assistant : hi </s>"
     assert read(tokenizer, labels[0]) == "hi </s>"
     assert read(tokenizer, ids[1]).startswith("Human : Add 1 2")
-    assert read(tokenizer, ids[4]).startswith("Be brief . Human : List")
+    assert read(tokenizer, ids[4]).startswith("Be brief Human : List")
     assert labels[0].dtype == np.int32
 
 
