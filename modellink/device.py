@@ -112,6 +112,11 @@ def device_name() -> str:
     return found[1].strip() if found else "CPU"
 
 
+def toolkit_version() -> str | None:
+    """Return the version of the CUDA toolkit that torch was built with; None for a build without it."""
+    return torch.version.cuda
+
+
 def backend(with_host: bool = True) -> str:
     """Return the `torch.distributed` backend of this device.
 
