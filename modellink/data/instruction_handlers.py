@@ -202,7 +202,7 @@ class AlpacaStyleInstructionHandler(TemplateHandler):
 
 @HANDLERS.register("SharegptStyleInstructionHandler")
 class SharegptStyleInstructionHandler(TemplateHandler):
-    """Whole conversations: a list of messages per row, whose tags --map-keys can rename (for example as OpenAI does)."""
+    """Whole conversations: a list of messages per row, whose tags --map-keys can rename (as OpenAI has them)."""
 
     TAGS = {
         "role_tag": "from",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,9 +14,11 @@ import torch
 import transformers
 from torch import Tensor
 
+from modellink.cli.main import main
 from modellink.config.schema import ModelConfig
 from modellink.errors import ModelLinkError
 from modellink.infer.beam import beam_search
+from modellink.infer.chat import Chat, converse
 from modellink.infer.engine import DecodeOptions, DecodeState, decode
 from modellink.infer.model import GPTModel
 from modellink.infer.sampling import draw, filter_logits
@@ -389,3 +393,111 @@ def test_folders_without_a_model_are_named(tmp_path: Any, make: str) -> None:
         path.write_text("")
     with pytest.raises(ModelLinkError, match="float33" if make == "dtype" else "model"):
         GPTModel.from_pretrained(path, dtype="float33" if make == "dtype" else "float32")
+
+
+# --- chat and the command line
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Any:
+    """A Hugging Face folder of a tiny model with a tokenizer."""
+    path = tmp_path_factory.mktemp("hf")
+    torch.manual_seed(2)
+    config = transformers.LlamaConfig(**{**SIZES, "vocab_size": 259, "max_position_embeddings": 2048})
+    transformers.LlamaForCausalLM(config).float().save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_folder_gives_the_answers_of_transformers(folder: Any, tokenizer: Any) -> None:
+    model = GPTModel.from_pretrained(folder, dtype="float32", device="cpu")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = tokenizer("tell me")["input_ids"]
+    wanted = tokenizer.decode(hf_answer(theirs, ids, max_new_tokens=20, do_sample=False), skip_special_tokens=True)
+    assert model.generate("tell me", max_new_tokens=20) == wanted
+    half = GPTModel.from_pretrained(folder, device="cpu")
+    assert half(torch.tensor([ids])).dtype == torch.bfloat16
+
+
+class Recorder:
+    """Stands in for a model: remembers prompts, answers with their number."""
+
+    def __init__(self) -> None:
+        self.prompts: list[Any] = []
+
+    def generate(self, prompt: Any, **options: Any) -> Any:
+        self.prompts.append(prompt)
+        return iter(["answer", f"answer {len(self.prompts)}"])
+
+
+def talk(lines: list[str], **options: Any) -> tuple[list[Any], str]:
+    model: Any = Recorder()
+    left = iter(lines)
+    shown: list[str] = []
+
+    def read(prompt: str) -> str:
+        shown.append(prompt)
+        try:
+            return next(left)
+        except StopIteration:
+            raise EOFError from None
+
+    converse(Chat(model, **options), read, shown.append)
+    return model.prompts, "".join(shown)
+
+
+def test_chat_forgets_the_oldest_exchange() -> None:
+    prompts, _ = talk(["a", "b", "c", "d"], history_turns=2, template="qwen")
+    assert [m["content"] for m in prompts[3]] == ["b", "answer 2", "c", "answer 3", "d"]
+    assert [m["role"] for m in prompts[3]] == ["user", "assistant", "user", "assistant", "user"]
+    prompts, _ = talk(["a", "b"], history_turns=0, template="qwen")
+    assert [len(p) for p in prompts] == [1, 1]
+
+
+def test_chat_words(capsys: pytest.CaptureFixture[str]) -> None:
+    prompts, shown = talk(["a", "", "   ", "new", "b", "Clear", "c", "quit", "d"])
+    assert prompts == ["a", "b", "c"]
+    assert shown.count("You >> ") == 8 and shown.count("ModelLink:") == 3
+    assert "ModelLink:\nanswer 1\n\n" in shown
+    prompts, shown = talk(["a", "b"])
+    assert prompts == ["a", "aanswer 1b"] and shown.endswith("You >> \n")
+
+
+def test_chat_command_reads_a_pipe(folder: Any, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\nagain\n"))
+    flags = ["--load", str(folder), "--max-new-tokens", "5", "--prompt-type", "default"]
+    assert main(["chat", *flags]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("You >> ") == 3 and shown.count("ModelLink:") == 2
+
+
+def test_generate_command(folder: Any, tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["generate", "--load", str(folder), "--max-new-tokens", "6"]
+    assert main([*flags, "--prompt", "hello"]) == 0
+    model = GPTModel.from_pretrained(folder, dtype="float32", device="cpu")
+    wanted = model.generate("hello", max_new_tokens=6)
+    assert f"ModelLink:\n{wanted}" in capsys.readouterr().out
+    source = tmp_path / "prompts.jsonl"
+    source.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ["hello"] * 9 + ["other"]))
+    assert main([*flags, "--input", str(source), "--output", str(tmp_path / "out.jsonl")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["prompt"] for row in rows] == ["hello"] * 9 + ["other"]
+    assert {row["answer"] for row in rows[:9]} == {wanted}
+
+
+def test_demo_tasks(folder: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    tasks = ["greedy", "do_sample", "beam_search", "beam_search_with_sampling", "return_output_log_probs"]
+    assert main(["generate", "--load", str(folder), "--max-new-tokens", "4", "--task", *tasks]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("elapsed:") == 5
+    assert shown.count("how are you?") == 1 + 2 + 1 + 1 + 1 + 4
+    assert main(["generate", "--load", str(folder), "--task", "gredy"]) == 2
+    assert "'greedy'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ['{"promt": "x"}', "not json", "3"])
+def test_bad_prompt_files_are_named(folder: Any, tmp_path: Any, line: str, capsys: Any) -> None:
+    source = tmp_path / "prompts.jsonl"
+    source.write_text('{"prompt": "x"}\n' + line)
+    assert main(["generate", "--load", str(folder), "--input", str(source)]) == 2
+    assert "line 2" in capsys.readouterr().err
