@@ -106,7 +106,7 @@ class Family:
         fields: dict[str, Any] = {"family": self.name, **COMMON, **self.fixed}
         for part in (*self.keys, *self.groups):
             fields.update(part.read(keys))
-        keys.finish({key.name for key in self.keys})
+        keys.finish()
         config = ModelConfig(**fields).resolve()
         _check_sizes(config, where)
         return config

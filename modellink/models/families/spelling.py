@@ -63,15 +63,17 @@ class Keys:
     def __init__(self, content: Mapping[str, Any], where: str) -> None:
         self.content, self.where = content, where
         self._left = dict(content)
+        self._known: set[str] = set()
 
     def take(self, name: str, default: Any = None) -> Any:
         """The value of `name`, which counts as understood from now on; `default` where it is absent."""
+        self._known.add(name)
         return self._left.pop(name, default)
 
     def fail(self, name: str, value: Any, why: str) -> ModelLinkError:
         return ModelLinkError(f"{self.where}: {name} = {value!r} {why}")
 
-    def finish(self, known: set[str]) -> None:
+    def finish(self) -> None:
         """Raise for the first key left that may matter."""
         for name, value in self._left.items():
             off = value is None or value is False or value in ({}, [], "") or (name in DROPOUT_KEYS and value == 0)
@@ -79,7 +81,7 @@ class Keys:
                 raise self.fail(
                     name,
                     value,
-                    f"is not a key that this family knows, and ignoring it could change results.{suggest(name, known)}"
+                    f"is not a key that this family knows, and ignoring it could change results.{suggest(name, self._known)}"
                     " Remove it if it has no effect on the model.",
                 )
 
@@ -124,6 +126,8 @@ class Key:
         value = getattr(config, self.fields[0])
         if self.values is not None:
             value = next((theirs for theirs, ours in self.values.items() if ours == value), None)
+        if isinstance(value, float) and type(self.default) is int and value.is_integer():
+            value = int(value)  # transformers 5 checks types
         return {self.name: value}
 
 
