@@ -74,7 +74,11 @@ def guard(verb: str, argv: list[str]) -> int:
     try:
         return _load(verb)(argv)
     except ModelLinkError as error:
-        _report(str(error), debug)
+        from modellink.config.load import ConfigurationError
+
+        # the ranks of a node read the same files: one of them speaks
+        if not isinstance(error, ConfigurationError) or os.environ.get("LOCAL_RANK", "0") == "0":
+            _report(str(error), debug)
         return error.exit_code
     except KeyboardInterrupt:
         _report("interrupted.", debug)

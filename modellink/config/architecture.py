@@ -10,14 +10,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from modellink.config.flags import flag_of, spell
+from modellink.config.resolved import ResolvedConfig
 from modellink.config.schema import ModelConfig
+from modellink.config.yaml_file import read_yaml
 from modellink.errors import ModelLinkError
-
-if TYPE_CHECKING:
-    from modellink.config.load import ResolvedConfig
 
 TRACKER = "latest_checkpointed_iteration.txt"
 SIZES = ("num_layers", "hidden_size", "num_attention_heads")
@@ -111,8 +110,6 @@ def _read(folder: Path, resolved: ResolvedConfig) -> tuple[ModelConfig, str] | N
 
 def read_native(path: Path) -> ModelConfig:
     """The architecture in a `modellink.yaml`, as `dump_config` writes it; unknown keys raise ModelLinkError."""
-    from modellink.config.load import read_yaml
-
     model = ModelConfig()
     for item in read_yaml(str(path), "train"):
         if item.flag.path and item.flag.path.startswith("model."):

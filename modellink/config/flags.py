@@ -138,8 +138,8 @@ def _split_kind(text: str) -> tuple[str, str]:
 def flags(program: str) -> tuple[Flag, ...]:
     """All rows of `program`, native ones first. A spelling that two rows claim is a programming error."""
     group = program if program in ("preprocess", "convert") else "run"
-    without_effect = [names for _, names, *_ in (*rows.ACCEPTED[group], *rows.REFUSED[group])]
-    listed = {_split_kind(name)[0] for names in without_effect for name in names.split()}
+    inert = [row[1] for row in rows.ACCEPTED[group]] + [row[1] for row in rows.REFUSED[group]]
+    listed = {_split_kind(name)[0] for names in inert for name in names.split()}
     fields = [row for section, cls in section_types(program).items() for row in _native(section, cls, program)]
     made = [row for row in fields if row.name not in listed]  # a field kept for old callers has the table's status
     for order, (text, sets, help_text, *options) in enumerate(rows.ALIASES.get(group, ())):

@@ -11,51 +11,25 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
 
 from modellink.config import architecture
-from modellink.config.flags import Given, assignments, check_statuses, parse, parse_mapping, section_types
+from modellink.config.flags import Given, assignments, check_statuses, parse, section_types
+from modellink.config.resolved import ResolvedConfig
 from modellink.config.schema import Config, SourceConfig
+from modellink.config.show import describe, dump
 from modellink.config.validate import validate
+from modellink.config.yaml_file import read_yaml
 from modellink.errors import ModelLinkError
 
+__all__ = ["ConfigurationError", "ResolvedConfig", "dump_config", "load_config", "load_section", "set_tokenizer_size"]
 
-@dataclass
-class ResolvedConfig:
-    """A checked configuration: values, where each came from (`origins["section.field"]`), and the number of
-    processes.
-    """
 
-    config: Config
-    origins: dict[str, str]
-    program: str = "train"
-    world_size: int = 1
-    warnings: list[str] = field(default_factory=list)
-
-    @property
-    def data_parallel(self) -> int:
-        """Devices that see different samples: world / (tensor x pipeline x context)."""
-        parallel = self.config.parallel
-        return self.world_size // (parallel.tensor_parallel * parallel.pipeline_parallel * parallel.context_parallel)
-
-    def get(self, path: str) -> Any:
-        """Value of "section.field"."""
-        section, name = path.split(".")
-        return getattr(getattr(self.config, section), name)
-
-    def set(self, path: str, value: Any, origin: str) -> None:
-        """Store a value and where it came from."""
-        section, name = path.split(".")
-        setattr(getattr(self.config, section), name, value)
-        self.origins[path] = origin
-
-    def is_default(self, path: str) -> bool:
-        return self.origins[path] == "default"
+class ConfigurationError(ModelLinkError):
+    """A configuration that cannot be used. Every rank that sees the same files raises the same one."""
 
 
 def load_config(argv: Sequence[str], program: str = "train") -> ResolvedConfig:
@@ -65,16 +39,17 @@ def load_config(argv: Sequence[str], program: str = "train") -> ResolvedConfig:
     the result is printed by rank 0 and SystemExit(0) is raised, as --help does. Raises ModelLinkError for everything
     a user can get wrong.
     """
-    given, source = _gather(argv, program)
-    printing = source.print_config
-    resolved = _merge(given, program, source.model, printing)
-    validate(resolved, complete=not printing)
+    try:
+        given, source = _gather(argv, program)
+        printing = source.print_config
+        resolved = _merge(given, program, source.model, printing)
+        validate(resolved, complete=not printing)
+    except ModelLinkError as error:
+        raise ConfigurationError(str(error)) from error
     if _rank() == 0:
         for warning in resolved.warnings:
             print(f"modellink: warning: {warning}", file=sys.stderr)
         if printing:
-            from modellink.config.show import describe
-
             print(describe(resolved))
     if printing:
         raise SystemExit(0)
@@ -110,19 +85,6 @@ def _gather(argv: Sequence[str], program: str) -> tuple[list[Given], SourceConfi
 def _source(given: Sequence[Given]) -> SourceConfig:
     paths = {item.flag.path: item.value for item in given if item.flag.path}
     return SourceConfig(**{path.split(".")[1]: value for path, value in paths.items() if path.startswith("source.")})
-
-
-def read_yaml(path: str, program: str) -> list[Given]:
-    """Options of a YAML file; a missing file, broken YAML and unknown keys raise ModelLinkError naming the file."""
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelLinkError(f"--config {path} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ModelLinkError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(content, Mapping):
-        raise ModelLinkError(f"--config {path} must be a mapping of option names to values.")
-    return parse_mapping(content, program, Path(path).name)
 
 
 def _rank() -> int:
@@ -240,6 +202,4 @@ def _is_given(resolved: ResolvedConfig, path: str) -> bool:
 
 def dump_config(resolved: ResolvedConfig) -> str:
     """The configuration as YAML text, each value with its origin as a comment; `--config` reads it back."""
-    from modellink.config.show import dump
-
     return dump(resolved)

@@ -61,7 +61,7 @@ class ModelConfig:
     activation: str = option(
         "gelu_tanh",
         choices=("gelu", "gelu_tanh", "silu", "relu", "squared_relu"),
-        help="non-linearity of the MLP; Megatron's fused default is the tanh form, --no-bias-gelu-fusion the exact one",
+        help="non-linearity of the MLP; Megatron's fused default is the tanh form of gelu",
     )
     gated_mlp: bool = option(False, help="down(act(gate(x)) * up(x)) instead of down(act(up(x)))")
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from modellink.config.flags import PROGRAM_SECTIONS
+from modellink.config.resolved import ResolvedConfig
 from modellink.models.count import count_parameters
-
-if TYPE_CHECKING:
-    from modellink.config.load import ResolvedConfig
 
 
 def _scalar(value: Any) -> str:

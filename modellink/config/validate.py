@@ -7,15 +7,11 @@ other.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from modellink.config.architecture import SIZES
-from modellink.config.flags import flag_of, spell
+from modellink.config.flags import by_name, flag_of, spell
 from modellink.config.flags_table import NOT_BUILT
+from modellink.config.resolved import ResolvedConfig
 from modellink.errors import ModelLinkError
-
-if TYPE_CHECKING:
-    from modellink.config.load import ResolvedConfig
 
 POSITIVE = (
     "model.num_layers model.hidden_size model.num_attention_heads model.num_key_value_heads model.head_dim "
@@ -54,8 +50,14 @@ def validate(resolved: ResolvedConfig, complete: bool = True) -> None:
 
 
 def _given(resolved: ResolvedConfig, path: str) -> str:
-    """ "--flag value", with the preferred spelling."""
-    return spell(path, resolved.get(path))
+    """ "--flag value", spelled as the user did or else as preferred."""
+    spelling = resolved.origins[path].removeprefix("flag ")
+    flag = by_name("train").get(spelling)
+    return (
+        f"{spelling} {resolved.get(path)}"
+        if flag and flag.kind in ("int", "float")
+        else spell(path, resolved.get(path))
+    )
 
 
 def _ranges(resolved: ResolvedConfig) -> None:
@@ -99,15 +101,13 @@ def _model(resolved: ResolvedConfig) -> None:
         )
     if model.num_attention_heads % model.num_key_value_heads:
         raise ModelLinkError(
-            f"{model.num_attention_heads} query heads do not split over {model.num_key_value_heads} key/value heads "
-            f"({resolved.origins['model.num_key_value_heads']}): {flag_of('model.num_key_value_heads')} (or "
-            "--num-query-groups) must "
-            f"divide {flag_of('model.num_attention_heads')}."
+            f"{_given(resolved, 'model.num_attention_heads')} query heads do not split over "
+            f"{_given(resolved, 'model.num_key_value_heads')} key/value heads: the second must divide the first."
         )
     if model.position_embedding == "learned_absolute" and model.max_position_embeddings is None:
         raise ModelLinkError(
-            f"learned positions need {flag_of('model.max_position_embeddings')}, or choose --position-embedding-type "
-            "rope."
+            f"learned positions need {flag_of('model.max_position_embeddings')} N; "
+            f"or choose {spell('model.position_embedding', 'rope')}."
         )
     if data.seq_length and model.max_position_embeddings and data.seq_length > model.max_position_embeddings:
         raise ModelLinkError(
@@ -144,9 +144,9 @@ def _layout(resolved: ResolvedConfig) -> None:
     for path, remedy in (
         (
             "parallel.context_parallel",
-            "shorten the sequence or raise --tensor-model-parallel-size with --sequence-parallel",
+            f"shorten the sequence or raise {flag_of('parallel.tensor_parallel')} with --sequence-parallel",
         ),
-        ("parallel.expert_parallel", "use a dense model with --expert-model-parallel-size 1"),
+        ("parallel.expert_parallel", f"use a dense model with {flag_of('parallel.expert_parallel')} 1"),
     ):
         if resolved.get(path) > 1:
             raise ModelLinkError(f"{_given(resolved, path)} is refused: {NOT_BUILT}; {remedy}.")
@@ -182,7 +182,8 @@ def _layout(resolved: ResolvedConfig) -> None:
             f"{_given(resolved, 'parallel.tensor_parallel')}: change one or leave out --sequence-parallel."
         )
     if parallel.distributed_optimizer and parallel.zero_stage == 0:
-        raise ModelLinkError("--zero-stage 0 contradicts --use-distributed-optimizer, which is stage 1: leave one out.")
+        sharded = flag_of("parallel.distributed_optimizer")
+        raise ModelLinkError(f"--zero-stage 0 contradicts {sharded}, which is stage 1: leave one out.")
     if parallel.recompute_granularity is None and (parallel.recompute_method or parallel.recompute_num_layers):
         resolved.warnings.append(
             "--recompute-method and --recompute-num-layers: no effect without --recompute-granularity full"
@@ -273,7 +274,7 @@ def _optimizer(resolved: ResolvedConfig) -> None:
         raise ModelLinkError("--bf16 and --fp16 exclude each other: leave one out.")
     if optimizer.split_master and not optimizer.bf16:
         raise ModelLinkError(
-            "--reuse-fp32-param splits fp32 masters into bf16 weights and remainders: it needs --bf16."
+            f"{flag_of('optimizer.split_master')} stores masters as bf16 weights and remainders: it needs --bf16."
         )
     if optimizer.lr is not None and optimizer.min_lr > optimizer.lr:
         raise ModelLinkError(f"--min-lr {optimizer.min_lr} is above --lr {optimizer.lr}: lower it.")
@@ -338,6 +339,4 @@ def _decoding(resolved: ResolvedConfig) -> None:
 
 
 def _help_of(path: str) -> str:
-    from modellink.config.flags import by_name
-
     return by_name("train")[flag_of(path)].help

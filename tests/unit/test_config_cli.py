@@ -94,6 +94,15 @@ def test_another_rank_names_itself(capsys: pytest.CaptureFixture[str], monkeypat
     assert capsys.readouterr().err.startswith("[rank 1] modellink: error: ")
 
 
+def test_one_process_of_a_node_reports_a_bad_configuration(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert cli.main(["train", "--num-layers", "x"]) == 2
+    assert capsys.readouterr().err == ""
+
+
 def test_models_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["models"]) == 0
     assert re.search(r"llama2-7b\s.*6\.74B", capsys.readouterr().out)

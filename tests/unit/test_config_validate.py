@@ -32,7 +32,7 @@ def error(monkeypatch: pytest.MonkeyPatch, argv: list[str], world: int = 1, prog
         ([TP, "4", "--num-key-value-heads", "2"], 4, ["2 key/value heads", f"{TP} 4"]),
         ([TP, "2", "--ffn-hidden-size", "97"], 2, ["97 MLP columns", "--ffn-hidden-size"]),
         ([TP, "2", "--padded-vocab-size", "513"], 2, ["513 vocabulary rows", "--padded-vocab-size"]),
-        (["--num-key-value-heads", "3"], 1, ["4 query heads", "3 key/value heads", "--num-query-groups"]),
+        (["--num-key-value-heads", "3"], 1, ["--num-attention-heads 4", "--num-key-value-heads 3"]),
         (["--hidden-size", "66"], 1, ["--hidden-size 66", "--num-attention-heads 4", "--kv-channels"]),
         ([PP, "3"], 3, ["4 layers", f"{PP} 3", "--num-layer-list"]),
         ([PP, "2", "--num-layer-list", "1,2"], 2, ["--num-layer-list 1,2", "3 layers", "--num-layers 4"]),
