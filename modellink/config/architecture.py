@@ -14,10 +14,11 @@ from typing import Any
 
 from modellink.config.flags import flag_of, spell
 from modellink.config.resolved import ResolvedConfig
-from modellink.config.schema import ModelConfig
+from modellink.config.schema import Config, ModelConfig
 from modellink.config.yaml_file import read_yaml
 from modellink.errors import ModelLinkError
 
+NATIVE = "modellink.yaml"
 TRACKER = "latest_checkpointed_iteration.txt"
 SIZES = ("num_layers", "hidden_size", "num_attention_heads")
 # These may differ from a folder: they change training or padding, not what the weights compute.
@@ -68,24 +69,23 @@ def fill(resolved: ResolvedConfig, preset: str | None) -> None:
     complete = all(_explicit(resolved, f"model.{name}") for name in SIZES)
     for path in ("checkpoint.load", "checkpoint.pretrained_checkpoint"):
         folder = resolved.get(path)
-        if folder is None:
+        stated = None if folder is None else _find(Path(folder), resolved.config.checkpoint.ckpt_step)
+        if stated is None:
             continue
-        found = _read(Path(folder), resolved)
-        if found is None:
-            continue
-        model, where = found
-        by_hf_path = resolved.origins[path].endswith("hf-path") or resolved.origins[path].endswith("hf_path")
+        native = stated.name == NATIVE
+        model = read_native(stated) if native else _read_hf(stated.parent)
+        where = f"checkpoint {stated}" if native else f"HF folder {folder}"
+        by_hf_path = resolved.origins[path].endswith(("hf-path", "hf_path"))
         strict = complete and preset is None and not by_hf_path and not resolved.config.checkpoint.use_checkpoint_args
         known = {f.name for f in dataclasses.fields(model) if getattr(model, f.name) is not None}
         _merge(resolved, model, known, where, strict)
-        _tokenizer_from(resolved, Path(folder))
+        _take_tokenizer(resolved, stated, where)
         return
     if resolved.config.checkpoint.use_checkpoint_args:
         given = resolved.config.checkpoint.load or resolved.config.checkpoint.pretrained_checkpoint
         raise ModelLinkError(
-            f"--use-checkpoint-args found no architecture in {given}: give --load with a folder that holds "
-            "config.json or a "
-            "checkpoint of this program, or give --num-layers, --hidden-size and --num-attention-heads."
+            f"--use-checkpoint-args found no architecture in {given}: give --load with a folder that holds config.json "
+            "or a checkpoint of this program, or give --num-layers, --hidden-size and --num-attention-heads."
         )
 
 
@@ -93,28 +93,34 @@ def _explicit(resolved: ResolvedConfig, path: str) -> bool:
     return resolved.origins[path] != "default"
 
 
-def _read(folder: Path, resolved: ResolvedConfig) -> tuple[ModelConfig, str] | None:
-    """The architecture a folder states and where it stands; None when the folder states none."""
+def _find(folder: Path, step: int | None) -> Path | None:
+    """The file that states the architecture: modellink.yaml of a step (by default the tracked, else the newest one), or
+    config.json; None when there is neither."""
     tracker = folder / TRACKER
-    if tracker.is_file():
-        step = resolved.config.checkpoint.ckpt_step
-        text = str(step) if step is not None else tracker.read_text(encoding="utf-8").strip()
-        stated = folder / (f"iter_{int(text):07d}" if text.isdigit() else text) / "modellink.yaml"
-        return (read_native(stated), f"checkpoint {stated}") if stated.is_file() else None
-    if (folder / "config.json").is_file():
-        from modellink.checkpoint.hf_config import read_config
-
-        return read_config(folder), f"HF folder {folder}"
+    text = tracker.read_text(encoding="utf-8").strip() if tracker.is_file() else ""
+    wanted = int(text) if text.isdigit() else None
+    wanted = wanted if step is None else step
+    steps = sorted((path.name for path in folder.glob("iter_*")), reverse=True)
+    tracked = [] if wanted is None else [f"iter_{wanted:07d}"]
+    for file in (folder / NATIVE, *(folder / name / NATIVE for name in tracked + steps), folder / "config.json"):
+        if file.is_file():
+            return file
     return None
 
 
-def read_native(path: Path) -> ModelConfig:
-    """The architecture in a `modellink.yaml`, as `dump_config` writes it; unknown keys raise ModelLinkError."""
-    model = ModelConfig()
-    for item in read_yaml(str(path), "train"):
-        if item.flag.path and item.flag.path.startswith("model."):
-            setattr(model, item.flag.path.split(".")[1], item.value)
-    return model
+def _read_hf(folder: Path) -> ModelConfig:
+    from modellink.checkpoint.hf_config import read_config
+
+    return read_config(folder)
+
+
+def read_native(path: Path, section: str = "model") -> Any:
+    """One section of a `modellink.yaml`, as `dump_config` writes it; unknown keys raise ModelLinkError."""
+    found = getattr(Config(), section)
+    for item in read_yaml(str(path), "train", "checkpoint"):
+        if item.flag.path and item.flag.path.startswith(f"{section}."):
+            setattr(found, item.flag.path.split(".")[1], item.value)
+    return found
 
 
 def _merge(resolved: ResolvedConfig, other: ModelConfig, known: set[str], where: str, strict: bool) -> None:
@@ -179,10 +185,18 @@ def _changes(resolved: ResolvedConfig, name: str, value: Any, stated: Any, their
     return not _equal(name, value, stated, resolved.config.model.resolve(), theirs)
 
 
-def _tokenizer_from(resolved: ResolvedConfig, folder: Path) -> None:
-    """Use the folder's own tokenizer when none was named."""
+def _take_tokenizer(resolved: ResolvedConfig, stated: Path, where: str) -> None:
+    """Use the tokenizer of the folder, or the one its run used, when none was named."""
     tokenizer = resolved.config.tokenizer
-    named = tokenizer.tokenizer_name_or_path or tokenizer.tokenizer_model or tokenizer.vocab_file
+    if tokenizer.tokenizer_name_or_path or tokenizer.tokenizer_model or tokenizer.vocab_file:
+        return
     files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-    if named is None and tokenizer.tokenizer_type == "PretrainedFromHF" and any((folder / f).is_file() for f in files):
-        resolved.set("tokenizer.tokenizer_name_or_path", str(folder), f"HF folder {folder}")
+    if any((stated.parent / name).is_file() for name in files):
+        if tokenizer.tokenizer_type == "PretrainedFromHF":
+            resolved.set("tokenizer.tokenizer_name_or_path", str(stated.parent), where)
+    elif stated.name == NATIVE:
+        theirs = read_native(stated, "tokenizer")
+        for option in dataclasses.fields(theirs):
+            path = f"tokenizer.{option.name}"
+            if not _explicit(resolved, path):
+                resolved.set(path, getattr(theirs, option.name), where)

@@ -181,7 +181,7 @@ def test_longest_position_and_dropout_may_differ(hf: Path) -> None:
 
 
 def test_native_checkpoint_gives_architecture(tmp_path: Path) -> None:
-    first = load_config([*LLAMA, "--norm-epsilon", "3e-6", *RUN])
+    first = load_config([*LLAMA, "--norm-epsilon", "3e-6", "--tokenizer-name-or-path", "words", *RUN])
     step = tmp_path / "iter_0000002"
     step.mkdir()
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("2", encoding="utf-8")
@@ -189,6 +189,10 @@ def test_native_checkpoint_gives_architecture(tmp_path: Path) -> None:
     again = load_config(["--load", str(tmp_path), *RUN])
     assert again.config.model == first.config.model
     assert again.origins["model.norm_epsilon"] == f"checkpoint {step / 'modellink.yaml'}"
+    assert again.config.tokenizer == first.config.tokenizer
+    assert load_config(["--load", str(step)], "generate").config.model == first.config.model
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("4", encoding="utf-8")  # a step that was lost
+    assert load_config(["--load", str(tmp_path), *RUN]).config.model == first.config.model
     assert "num_layers is 3" in error(["--load", str(tmp_path), "--num-layers", "3", *RUN])
 
 
