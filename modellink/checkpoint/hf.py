@@ -109,20 +109,20 @@ def _check_folder(weights: HFWeights, config: ModelConfig, shapes: dict[str, tup
                 " its configuration does not belong to these weights."
             )
     for name in weights:
-        canonical = to_canonical(family, name)
-        if canonical in shapes or is_ignored(family, name):
+        known = to_canonical(family, name)
+        if known in shapes or is_ignored(family, name):
             continue
-        if canonical == _HEAD and config.tie_word_embeddings:
+        if known == _HEAD and config.tie_word_embeddings:
             _check_tied(weights[name], weights[to_hf(family, _EMBEDDING)])
             continue
         raise ModelLinkError(
-            f"{weights[name].file}: tensor {name!r} fits nowhere in a {family.name} model of {config.num_layers} layers:"
+            f"{weights[name].file}: {name!r} fits nowhere in a {family.name} model of {config.num_layers} layers:"
             " its configuration does not belong to these weights."
         )
 
 
 def _check_vocabulary(stored: StoredTensor, config: ModelConfig) -> None:
-    rows, padded = stored.shape[0], config.padded_vocab_size
+    rows, padded = stored.shape[0], config.padded_vocab_size or 0
     if rows > padded:
         raise ModelLinkError(
             f"{stored.file}: tensor {stored.name!r} has {rows} rows, more than the model's vocabulary of {padded};"

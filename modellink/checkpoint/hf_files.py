@@ -76,10 +76,10 @@ class HFWeights:
                         f"{file}: tensor {tensor.name!r} is also in {self._tensors[tensor.name].file.name}."
                     )
                 self._tensors[tensor.name] = tensor
-        for name, file in index.items():
+        for name, listed in index.items():
             if name not in self._tensors:
                 raise ModelLinkError(
-                    f"{self.folder / file} lacks the tensor {name!r} that the index promises; fetch the file again."
+                    f"{self.folder / listed} lacks the tensor {name!r} that the index promises; fetch the file again."
                 )
 
     def __iter__(self) -> Iterator[str]:

@@ -7,6 +7,7 @@ number is the only thing that varies, so a name is looked up, never searched for
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from modellink.models.families import Family
 
@@ -31,7 +32,7 @@ def is_ignored(family: Family, name: str) -> bool:
     return name.endswith(family.ignored_tensors)
 
 
-def _translate(name: str, table: dict[str, str]) -> str:
+def _translate(name: str, table: Mapping[str, str]) -> str:
     module, _, last = name.rpartition(".")
     number = _NUMBER.search(module + ".")
     pattern = _NUMBER.sub("{}", module + ".", count=1)[:-1]

@@ -253,6 +253,19 @@ BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
     (LLAMA | {"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}}, "contradicts"),
     (LLAMA | {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "contradicts"),
     (LLAMA | {"rope_scaling": "linear"}, "should be an object"),
+    (
+        LLAMA | {"rope_scaling": {"type": "yarn", "original_max_position_embeddings": "8k"}},
+        "= '8k' should be of type int",
+    ),
+    (
+        LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "original_max_position_embeddings": 32},
+        "contradicts",
+    ),
+    (
+        SIZES | {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": "all"},
+        "max_window_layers = 'all'",
+    ),
+    (MISTRAL | {"layer_types": 3}, "layer_types = 3 should be a list"),
     (LLAMA | {"sliding_window": 128}, "sliding_window = 128 is not a key"),
     (LLAMA | {"layer_types": ["sliding_attention"] * 2}, "layer_types"),
     (MISTRAL | {"layer_types": ["full_attention", "sliding_attention"]}, "its window holds on all layers"),

@@ -96,6 +96,10 @@ class Family:
     names: Mapping[str, str] = dataclasses.field(default_factory=lambda: LLAMA_NAMES)
     ignored_tensors: tuple[str, ...] = IGNORED_TENSORS
 
+    @property
+    def _parts(self) -> list[Key | Group]:
+        return [*self.keys, *self.groups]
+
     def read(self, content: Mapping[str, Any], where: str) -> ModelConfig:
         """ModelConfig of a parsed config.json, derived sizes filled in; `where` names the file in errors.
 
@@ -104,7 +108,7 @@ class Family:
         """
         keys = Keys(content, where)
         fields: dict[str, Any] = {"family": self.name, **COMMON, **self.fixed}
-        for part in (*self.keys, *self.groups):
+        for part in self._parts:
             fields.update(part.read(keys))
         keys.finish()
         config = ModelConfig(**fields).resolve()
@@ -133,7 +137,7 @@ class Family:
 
     def _spell(self, config: ModelConfig) -> dict[str, Any]:
         content: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_type}
-        for part in (*self.keys, *self.groups):
+        for part in self._parts:
             content.update(part.write(config))
         return content
 
@@ -171,7 +175,7 @@ def _check_sizes(config: ModelConfig, where: str) -> None:
         value = getattr(config, name)
         if value is None or value < 1:
             raise ModelLinkError(f"{where}: {name} = {value} must be at least 1.")
-    if config.num_attention_heads % config.num_key_value_heads:
+    if (config.num_attention_heads or 0) % (config.num_key_value_heads or 1):
         raise ModelLinkError(
             f"{where}: {config.num_attention_heads} query heads are not a multiple of"
             f" {config.num_key_value_heads} key/value heads."

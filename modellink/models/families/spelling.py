@@ -78,12 +78,8 @@ class Keys:
         for name, value in self._left.items():
             off = value is None or value is False or value in ({}, [], "") or (name in DROPOUT_KEYS and value == 0)
             if not off and name not in COSMETIC_KEYS:
-                raise self.fail(
-                    name,
-                    value,
-                    f"is not a key that this family knows, and ignoring it could change results.{suggest(name, self._known)}"
-                    " Remove it if it has no effect on the model.",
-                )
+                why = f"is not a key that this family knows.{suggest(name, self._known)}"
+                raise self.fail(name, value, f"{why} Ignoring it could change results: remove it if it has no effect.")
 
 
 class Group(NamedTuple):
@@ -212,26 +208,19 @@ def read_rope(keys: Keys) -> dict[str, Any]:
     }
     if kind != "default" and kind not in _ROPE_KEYS:
         raise keys.fail("rope_type", kind, f"is not implemented; known: default, {', '.join(_ROPE_KEYS)}.")
-    longest = keys.content.get("max_position_embeddings")
-    outside = keys.take("original_max_position_embeddings")
+    trained = "original_max_position_embeddings"
+    given = agree(keys, trained, [keys.take(trained), rope.pop(trained, None)])
+    longest = keys.content["max_position_embeddings"]
     if kind in ("llama3", "yarn"):
-        trained = "original_max_position_embeddings"
-        rope[trained] = agree(keys, trained, [outside, rope.get(trained)]) or longest
+        rope[trained] = _typed(keys, trained, longest if given is None else given, "int")
     if kind == "yarn":
-        rope.setdefault("factor", longest / rope["original_max_position_embeddings"])
-        if not (
-            rope.get("mscale") and rope.get("mscale_all_dim")
-        ):  # only together do they replace the usual temperature
-            rope.pop("mscale", None), rope.pop("mscale_all_dim", None)
-    if (
-        kind == "dynamic"
-    ):  # the original code stretches from max_position_embeddings, pinned here against later changes of it
-        agree(
-            keys,
-            "original_max_position_embeddings",
-            [longest, outside, rope.pop("original_max_position_embeddings", None)],
-        )
-        fields["rope_original_max_position"] = _typed(keys, "max_position_embeddings", longest, "int")
+        rope.setdefault("factor", longest / rope[trained])
+        if not (rope.get("mscale") and rope.get("mscale_all_dim")):
+            # only together do they replace the usual temperature
+            rope = {name: value for name, value in rope.items() if not name.startswith("mscale")}
+    if kind == "dynamic":
+        # the original code stretches from max_position_embeddings, pinned here against later changes of that
+        fields["rope_original_max_position"] = agree(keys, trained, [longest, given])
     if kind != "default":
         fields["rope_scaling"] = kind
         for name, (field, default) in _ROPE_KEYS[kind].items():
@@ -285,6 +274,8 @@ def _layer_types(keys: Keys, layers: int) -> list[bool] | None:
     kinds = keys.take("layer_types")
     if kinds is None:
         return None
+    if not isinstance(kinds, list):
+        raise keys.fail("layer_types", kinds, "should be a list.")
     names = {"full_attention": False, "sliding_attention": True}
     for kind in kinds:
         if kind not in names:
@@ -302,7 +293,7 @@ def window_group(default_window: int | None, rule: str) -> Group:
     """
 
     def read(keys: Keys) -> dict[str, Any]:
-        layers = keys.content.get("num_hidden_layers") or 0
+        layers = int(keys.content["num_hidden_layers"])
         listed = _layer_types(keys, layers)
         if rule == "none":
             if listed and any(listed):
@@ -311,8 +302,9 @@ def window_group(default_window: int | None, rule: str) -> Group:
         window = _typed(keys, "sliding_window", keys.take("sliding_window", default_window), "int | None")
         flags = [rule == "all" or i % 2 == 0 for i in range(layers)]
         if rule == "switched":
-            first = keys.take("max_window_layers", 28)
-            window = window if keys.take("use_sliding_window", False) else None
+            first = _typed(keys, "max_window_layers", keys.take("max_window_layers", 28), "int")
+            used = _typed(keys, "use_sliding_window", keys.take("use_sliding_window", False), "bool")
+            window = window if used else None
             flags = [i >= first for i in range(layers)]
         if listed is not None and rule == "all" and window is not None and listed != flags:
             raise keys.fail(
