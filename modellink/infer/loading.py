@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from modellink.checkpoint.hf import is_hf_folder, load_hf, read_config
-from modellink.checkpoint.store import CheckpointStore, is_native_step, load_full
+from modellink.checkpoint.store import CheckpointStore, is_native_step, load_full, read_tensor_names
 from modellink.config.architecture import read_native
 from modellink.config.load import read_yaml
 from modellink.config.schema import ModelConfig, TokenizerConfig
@@ -34,7 +34,10 @@ def load_pretrained(
         load_hf(decoder, path, progress=False)
         return decoder, load_tokenizer(tokenizer or path, required=tokenizer is not None), _stop_ids(path)
     step = path if is_native_step(path) else _newest(path)
-    decoder = _empty(read_native(step / _CONFIG), dtype, device)
+    config = read_native(step / _CONFIG)
+    # the rows that were stored, whatever layout padded them
+    config.padded_vocab_size = read_tensor_names(step)["model.embed_tokens.weight"].shape[0]
+    decoder = _empty(config, dtype, device)
     parameters = {f"model.{decoder.canonical_name(name)}": p for name, p in decoder.named_parameters()}
     with torch.no_grad():
         for name, value in load_full(step, parameters):

@@ -112,7 +112,7 @@ class GPTModel(nn.Module):
         answer's score.
         """
         row = get_template(template) if template else None
-        active = self._tokenizer_for(row, tokenizer)
+        active = self.tokenizer_for(row, tokenizer)
         prompts = build_prompts(prompt, active, row, hf_chat_template, bos_token_id)
         longest = max(len(ids) for ids in prompts.ids)
         if not max_new_tokens:
@@ -144,7 +144,7 @@ class GPTModel(nn.Module):
             return answers.stream(self.decoder)
         return answers.search(self.decoder) if num_beams > 1 else answers.collect(self.decoder)
 
-    def _tokenizer_for(self, template: Template | None, tokenizer: Any) -> Any:
+    def tokenizer_for(self, template: Template | None, tokenizer: Any = None) -> Any:
         """The tokenizer to use, fitted to the template; fitting copies it, so the result for our own is kept."""
         if template is None or (tokenizer is None and self.tokenizer is None):
             return tokenizer if tokenizer is not None else self.tokenizer

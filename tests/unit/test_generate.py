@@ -501,3 +501,20 @@ def test_bad_prompt_files_are_named(folder: Any, tmp_path: Any, line: str, capsy
     source.write_text('{"prompt": "x"}\n' + line)
     assert main(["generate", "--load", str(folder), "--input", str(source)]) == 2
     assert "line 2" in capsys.readouterr().err
+
+
+def test_native_checkpoint_gives_the_answers_of_its_source(folder: Any, tmp_path: Any, tokenizer: Any) -> None:
+    from modellink.checkpoint.store import CheckpointStore
+    from modellink.config.load import dump_config, load_config
+
+    source = GPTModel.from_pretrained(folder, dtype="float32", device="cpu")
+    written = dump_config(load_config(["--load", str(folder)], "generate"))
+    store = CheckpointStore(tmp_path, local=True)
+    for iteration in (3, 7):
+        scale = 1.0 if iteration == 7 else 0.5
+        tensors = {f"model.{name}": p.detach() * scale for name, p in source.decoder.named_parameters()}
+        store.save(iteration, tensors, extra={}, per_rank={}, config_text=written)
+    whole = GPTModel.from_pretrained(tmp_path, dtype="float32", device="cpu")
+    assert whole.generate("tell me", max_new_tokens=10) == source.generate("tell me", max_new_tokens=10)
+    step = GPTModel.from_pretrained(tmp_path / "iter_0000003", dtype="float32", device="cpu", tokenizer=folder)
+    torch.testing.assert_close(step.decoder.embed_tokens.weight, source.decoder.embed_tokens.weight * 0.5)
