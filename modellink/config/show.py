@@ -38,7 +38,7 @@ def describe(resolved: ResolvedConfig) -> str:
     known = model.padded_vocab_size or model.vocab_size
     note = "" if known else " without the vocabulary, whose size comes from the tokenizer"
     lines = [
-        f"# parameters: {count} ({count / 1e9:.3f} billion){note}",
+        f"# parameters: {count} ({count / 1e6:,.1f} million){note}",
         f"# world size: {resolved.world_size} = tensor {parallel.tensor_parallel} x pipeline "
         f"{parallel.pipeline_parallel}"
         f" x context {parallel.context_parallel} x data {resolved.data_parallel}",

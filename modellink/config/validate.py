@@ -7,6 +7,8 @@ other.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from modellink.config.architecture import SIZES
 from modellink.config.flags import by_name, flag_of, spell
 from modellink.config.flags_table import NOT_BUILT
@@ -37,6 +39,8 @@ SHARES = ("model.attention_dropout", "model.hidden_dropout", "optimizer.adam_bet
 def validate(resolved: ResolvedConfig, complete: bool = True) -> None:
     """Raise ModelLinkError for the first broken rule. `complete` also asks for what a run cannot do without."""
     _ranges(resolved)
+    if complete and resolved.program != "train":
+        _decoding(resolved)
     _model(resolved)
     _layout(resolved)
     _stages(resolved)
@@ -45,8 +49,6 @@ def validate(resolved: ResolvedConfig, complete: bool = True) -> None:
         _optimizer(resolved)
         if complete:
             _required_to_train(resolved)
-    elif complete:
-        _decoding(resolved)
 
 
 def _given(resolved: ResolvedConfig, path: str) -> str:
@@ -79,7 +81,8 @@ def _model(resolved: ResolvedConfig) -> None:
     missing = [flag_of(f"model.{name}") for name in SIZES if getattr(model, name) is None]
     if missing:
         folder = resolved.config.checkpoint.load or resolved.config.checkpoint.pretrained_checkpoint
-        hint = f" ({folder} states no architecture)" if folder else ""
+        why = "states no architecture" if folder and Path(folder).is_dir() else "is no folder"
+        hint = f" ({folder} {why})" if folder else ""
         raise ModelLinkError(
             f"the architecture is not known{hint}: give {', '.join(missing)}, or --model NAME (see `modellink "
             "models`), "

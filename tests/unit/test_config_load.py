@@ -198,6 +198,7 @@ def test_native_checkpoint_gives_architecture(tmp_path: Path) -> None:
 
 def test_folder_without_architecture(tmp_path: Path) -> None:
     assert f"{tmp_path} states no architecture" in error(["--load", str(tmp_path), *RUN])
+    assert "not-there is no folder" in error(["--load", str(tmp_path / "not-there"), *RUN])
     assert "--use-checkpoint-args found no architecture" in error(
         ["--load", str(tmp_path), "--use-checkpoint-args", *RUN]
     )
