@@ -75,7 +75,7 @@ class Template:
         messages, system = split_system(messages, system)
         text = (self.default_system if system is None else system) + (describe_tools(tools) if tools else "")
         with_system = bool(text or tools)  # a list of no tools leaves an empty block
-        turns = []
+        turns: list[Turn] = []
         for number in range(0, len(messages), 2):
             question = messages[number]
             block = self.user if question["role"] == "user" else self.observation or self.user
@@ -250,22 +250,22 @@ def get_template(name: str) -> Template:
     return TEMPLATES.get(name)
 
 
-_CHATML = dict(
+_CHATML: dict[str, Any] = dict(
     user=("<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n",),
     system=("<|im_start|>system\n{content}<|im_end|>\n",),
     separator=("\n",),
     replace_eos=True,
 )
 _CHATML_TOOL = ("<|im_start|>tool\n{content}<|im_end|>\n<|im_start|>assistant\n",)
-_BRACKETS = dict(user=("[INST] {content} [/INST]",), prefix=(BOS,))
-_DEEPSEEK = dict(user=("User: {content}\n\nAssistant:",), system=("{content}\n\n",), prefix=(BOS,))
-_GLM = dict(
+_BRACKETS: dict[str, Any] = dict(user=("[INST] {content} [/INST]",), prefix=(BOS,))
+_DEEPSEEK: dict[str, Any] = dict(user=("User: {content}\n\nAssistant:",), system=("{content}\n\n",), prefix=(BOS,))
+_GLM: dict[str, Any] = dict(
     answer=("\n{content}",),
     function="{name}\n{arguments}",
     stop_words=("<|user|>", "<|observation|>"),
     efficient_eos=True,
 )
-_GLM3 = dict(
+_GLM3: dict[str, Any] = dict(
     _GLM,
     user=(Token("<|user|>"), "\n{content}", Token("<|assistant|>")),
     system=(Token("[gMASK]"), Token("sop"), Token("<|system|>"), "\n{content}"),

@@ -73,10 +73,11 @@ def build_prompts(
         chat = functools.partial(template.encode_prompt, tokenizer)
     elif hf_chat_template:
         chat = _own_template(tokenizer)
-    ids = []
+    ids: list[list[int]] = []
     for item in separate:
         if _is_ids(item):
-            ids.append([bos_token_id] * (bos_token_id is not None) + [int(token) for token in item])
+            opening = [] if bos_token_id is None else [bos_token_id]
+            ids.append(opening + [int(token) for token in item])
         elif tokenizer is None:
             raise ModelLinkError(
                 "this model has no tokenizer: pass tokenizer=FOLDER, or give token ids instead of text."

@@ -508,7 +508,8 @@ def test_native_checkpoint_gives_the_answers_of_its_source(folder: Any, tmp_path
     from modellink.config.load import dump_config, load_config
 
     source = GPTModel.from_pretrained(folder, dtype="float32", device="cpu")
-    written = dump_config(load_config(["--load", str(folder)], "generate"))
+    flags = "--mock-data --micro-batch-size 1 --seq-length 64 --train-iters 1 --lr 1e-3".split()
+    written = dump_config(load_config(["--load", str(folder), *flags], "train"))
     store = CheckpointStore(tmp_path, local=True)
     for iteration in (3, 7):
         scale = 1.0 if iteration == 7 else 0.5
