@@ -19,6 +19,7 @@ import numpy.typing as npt
 from modellink.config.preprocess_schema import PreprocessConfig
 from modellink.data.indexed import IndexedDataset, IndexedDatasetWriter, best_dtype
 from modellink.data.tokenizer import Tokenizer
+from modellink.data.words import as_bytes
 from modellink.errors import ModelLinkError
 from modellink.registry import Registry, suggest
 
@@ -74,12 +75,6 @@ def build_handler(config: PreprocessConfig, tokenizer: Tokenizer) -> Handler:
     return HANDLERS.get(config.handler_name or "GeneralPretrainHandler")(config, tokenizer)
 
 
-def flatten(ids: Sequence[Sequence[int]], dtype: npt.DTypeLike) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
-    """Join lists of ids into (tokens, length of each list); raises OverflowError when an id does not fit `dtype`."""
-    lengths = np.fromiter(map(len, ids), np.int32, len(ids))
-    return np.fromiter(chain.from_iterable(ids), np.dtype(dtype), int(lengths.sum())), lengths
-
-
 def column(row: Row, name: str, where: str) -> Any:
     """Return `row[name]`, or say which columns there are."""
     if name not in row:
@@ -119,20 +114,18 @@ class GeneralPretrainHandler(Handler):
 
     def _encode_texts(self, documents: list[str | list[str]]) -> Encoded:
         nested = [[text] if isinstance(text, str) else text for text in documents]
-        ids = self.tokenizer.encode_batch(list(chain.from_iterable(nested)))
-        eod = self.tokenizer.eod if self.config.append_eod else None
-        kept: list[list[int]] = []
+        ids = iter(self.tokenizer.encode_bytes(list(chain.from_iterable(nested)), self.dtype))
+        eod = as_bytes([self.tokenizer.eod], self.dtype) if self.config.append_eod else b""
+        kept: list[bytes] = []
         sequences = np.zeros(len(documents), np.int32)
-        position = 0
         for i, texts in enumerate(nested):
-            parts = [part for part in ids[position : position + len(texts)] if part]
-            position += len(texts)
-            if parts and eod is not None:
-                parts[-1].append(eod)
+            parts = [part for _ in texts if (part := next(ids))]
+            if parts:
+                parts[-1] += eod
             sequences[i] = len(parts)
             kept += parts
-        tokens, lengths = flatten(kept, self.dtype)
-        return Encoded(tokens, lengths, sequences)
+        lengths = np.fromiter(map(len, kept), np.int64, len(kept)) // self.dtype.itemsize
+        return Encoded(np.frombuffer(b"".join(kept), self.dtype), lengths.astype(np.int32), sequences)
 
 
 _ALPACA_PREAMBLE = (

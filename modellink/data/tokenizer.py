@@ -12,6 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
+from modellink.data.words import WordEncoder, as_bytes, word_encoder
 from modellink.errors import ModelLinkError
 from modellink.registry import Registry
 
@@ -41,12 +45,40 @@ class Tokenizer(Protocol):
         """Return `encode` of every text, faster."""
         ...
 
+    def encode_bytes(self, texts: Sequence[str], dtype: npt.DTypeLike) -> list[bytes]:
+        """Return `encode` of every text as the raw bytes of a `dtype` array: the fastest way from text to a file.
+
+        Raises ModelLinkError when an id does not fit.
+        """
+        ...
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`."""
         ...
 
 
-class HFTokenizer:
+class _Bytes:
+    """`encode_bytes` for all kinds: word by word where the Rust tokenizer underneath allows it (see `words.py`)."""
+
+    _rust: Any = None
+    _words: WordEncoder | None = None
+    _looked: bool = False
+
+    def encode_bytes(self: Any, texts: Sequence[str], dtype: npt.DTypeLike) -> list[bytes]:
+        if not self._looked:
+            self._looked, self._words = True, word_encoder(self._rust) if self._rust is not None else None
+        try:
+            if self._words is not None:
+                return self._words.encode(texts, dtype)
+            return [as_bytes(ids, np.dtype(dtype)) for ids in self.encode_batch(texts)]
+        except OverflowError as error:
+            raise ModelLinkError(
+                f"the tokenizer gives an id that does not fit {np.dtype(dtype).name} ({error}): it is larger than its "
+                f"vocabulary size {self.vocab_size} says; fix the tokenizer or --vocab-size"
+            ) from error
+
+
+class HFTokenizer(_Bytes):
     """A tokenizer folder as Hugging Face writes it. eod is the eos id; pad falls back to it."""
 
     def __init__(
@@ -102,7 +134,7 @@ class HFTokenizer:
         return str(self.hf.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
 
-class Llama2Tokenizer:
+class Llama2Tokenizer(_Bytes):
     """A SentencePiece model; bos goes before every text, eod is eos, as in Megatron's class of this name."""
 
     hf = None
@@ -133,7 +165,7 @@ class Llama2Tokenizer:
         return self._model.decode([int(i) for i in ids])
 
 
-class GPT2BPETokenizer:
+class GPT2BPETokenizer(_Bytes):
     """GPT-2's byte-level BPE from vocab.json and merges.txt; eod is `<|endoftext|>`, nothing is added to a text."""
 
     hf = None
@@ -171,7 +203,7 @@ class GPT2BPETokenizer:
         return self._rust.decode(kept, skip_special_tokens=skip_special_tokens)
 
 
-class NullTokenizer:
+class NullTokenizer(_Bytes):
     """Text that already is numbers separated by blanks: `vocab_size` ids and one more for the end of a document."""
 
     hf = None
