@@ -30,6 +30,7 @@ FREE = (
     "vocab_multiple",
     "padded_vocab_size",
     "fp32_residual",
+    "query_key_layer_scaling",
 )
 # Megatron's launch lines have no flag for these, so an absent flag says nothing.
 UNSPOKEN = (
@@ -40,8 +41,9 @@ UNSPOKEN = (
     "rope_truncate",
     "vocab_size",
     "window_layers",
-    "query_key_layer_scaling",
 )
+# None in a folder means that it does not say; in the other fields it means that the model has none.
+MAY_BE_UNKNOWN = ("vocab_size", "padded_vocab_size", "max_position_embeddings", "rope_original_max_position")
 # Fields that mean something only when another field has one of these values.
 ONLY_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "rope_theta": ("position_embedding", ("rope",)),
@@ -77,7 +79,7 @@ def fill(resolved: ResolvedConfig, preset: str | None) -> None:
         where = f"checkpoint {stated}" if native else f"HF folder {folder}"
         by_hf_path = resolved.origins[path].endswith(("hf-path", "hf_path"))
         strict = complete and preset is None and not by_hf_path and not resolved.config.checkpoint.use_checkpoint_args
-        known = {f.name for f in dataclasses.fields(model) if getattr(model, f.name) is not None}
+        known = {f.name for f in dataclasses.fields(model) if f.name not in MAY_BE_UNKNOWN or getattr(model, f.name)}
         _merge(resolved, model, known, where, strict)
         _take_tokenizer(resolved, stated, where)
         return
@@ -139,7 +141,7 @@ def _merge(resolved: ResolvedConfig, other: ModelConfig, known: set[str], where:
             )
         elif explicit:
             problems.append(f"{name} is {value} by {resolved.origins[path]} but {stated} in {where}")
-            remedies.append(spell(path, stated))
+            remedies.append(f"no {resolved.origins[path]}" if stated is None else spell(path, stated))
         elif (
             strict
             and name not in FREE + UNSPOKEN
@@ -166,6 +168,9 @@ def _matters(theirs: ModelConfig, name: str) -> bool:
 
 
 def _equal(name: str, value: Any, stated: Any, mine: ModelConfig, theirs: ModelConfig) -> bool:
+    if name == "window_layers" and mine.num_layers and mine.num_layers == theirs.num_layers:
+        layers = range(mine.num_layers)
+        return [mine.layer_has_window(i) for i in layers] == [theirs.layer_has_window(i) for i in layers]
     if name == "query_scale":
         value, stated = value or mine.head_dim, stated or theirs.head_dim
     if (
@@ -181,7 +186,7 @@ def _equal(name: str, value: Any, stated: Any, mine: ModelConfig, theirs: ModelC
 def _changes(resolved: ResolvedConfig, name: str, value: Any, stated: Any, theirs: ModelConfig) -> bool:
     """Whether a value that flags leave at its default gives other numbers than the folder's."""
     if name == "sliding_window":
-        return (resolved.config.data.seq_length or math.inf) > stated
+        return stated is not None and (resolved.config.data.seq_length or math.inf) > stated
     return not _equal(name, value, stated, resolved.config.model.resolve(), theirs)
 
 

@@ -160,6 +160,10 @@ def test_explicit_flags_must_agree_with_the_folder(hf: Path) -> None:
     assert f"norm_epsilon is 1e-05 by flag --norm-epsilon but 1e-06 in HF folder {hf}" in message
     assert "num_key_value_heads is 4 by flag --num-query-groups but 2" in message
     assert "--norm-epsilon 1e-06" in message
+    message = error(["--load", str(hf), "--sliding-window", "8", *RUN])
+    assert "sliding_window is 8 by flag --sliding-window but None" in message and "no flag --sliding-window" in message
+    neutral = load_config(["--load", str(hf), "--apply-query-key-layer-scaling", *RUN])
+    assert neutral.config.model.query_key_layer_scaling
 
 
 def test_a_complete_launch_line_means_megatrons_defaults(hf: Path) -> None:
