@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
 
 from modellink.config.preprocess_schema import PreprocessConfig
-from modellink.data.handlers import HANDLERS, Encoded, Handler, Row, Where, column, flatten
+from modellink.data.handlers import HANDLERS, Encoded, Handler, Row, Where, column
 from modellink.data.indexed import IndexedDataset, IndexedDatasetWriter
 from modellink.data.templates import IGNORED, Template, fit_tokenizer, get_template
 from modellink.data.tokenizer import Tokenizer
@@ -62,12 +63,14 @@ class InstructionHandler(Handler):
                 continue
             all_ids.append(ids)
             all_labels.append(labels)
-        tokens, lengths = flatten(all_ids, np.int32)
-        labels_, _ = flatten(all_labels, np.int32)
+        lengths = np.fromiter(map(len, all_ids), np.int32, len(all_ids))
+        tokens, learnt = (
+            np.fromiter(chain.from_iterable(each), np.int32, int(lengths.sum())) for each in (all_ids, all_labels)
+        )
         return {
             IDS: Encoded(tokens, lengths),
             MASK: Encoded(np.ones_like(tokens), lengths),
-            LABELS: Encoded(labels_, lengths),
+            LABELS: Encoded(learnt, lengths),
         }
 
     def _pack(self, files: Mapping[str, IndexedDataset], writers: Mapping[str, IndexedDatasetWriter]) -> None:
