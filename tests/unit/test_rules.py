@@ -519,10 +519,11 @@ def test_importing_modellink_imports_no_torch() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_public_names_are_listed_and_typos_raise() -> None:
+def test_public_names_load_and_typos_raise() -> None:
     import modellink
 
     assert {"GPTModel", "convert", "data", "compat", "__version__"} <= set(dir(modellink))
+    assert [name for name in modellink.__all__ if getattr(modellink, name, None) is None] == []
     with pytest.raises(AttributeError, match="has no attribute 'GTPModel'"):
         modellink.GTPModel  # noqa: B018
 
