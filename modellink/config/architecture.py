@@ -156,7 +156,7 @@ def _merge(resolved: ResolvedConfig, other: ModelConfig, known: set[str], where:
             resolved.set(path, getattr(other, name), where)
     if problems:
         advice = f"give {' '.join(remedies)}" + (", or leave out all architecture flags" if strict else "")
-        raise ModelLinkError(f"{'; '.join(problems)}. To use {where}, {advice}.")
+        raise ModelLinkError(f"{'; '.join(problems)}. To keep these weights, {advice}.")
 
 
 def _matters(theirs: ModelConfig, name: str) -> bool:

@@ -149,7 +149,8 @@ ALIASES: dict[str, list[tuple[Any, ...]]] = {
             "no bias in any linear layer; --add-qkv-bias and --add-dense-bias bring theirs back",
         ),
         ("--no-bias-gelu-fusion", {"model.activation": "gelu"}, "exact (erf) gelu instead of the tanh form"),
-        ("--gelu-tanh", {"model.activation": "gelu_tanh"}, "tanh gelu"),
+        # only Gemma2's launch lines give it, alone, and that model's MLP is gated
+        ("--gelu-tanh", {"model.gated_mlp": True, "model.activation": "gelu_tanh"}, "gated tanh gelu MLP"),
         ("--openai-gelu", {"model.activation": "gelu_tanh"}, "tanh gelu"),
         ("--squared-relu", {"model.activation": "squared_relu"}, "squared relu"),
         ("--swiglu", {"model.gated_mlp": True, "model.activation": "silu"}, "gated silu MLP"),

@@ -85,6 +85,7 @@ def test_the_page_is_up_to_date(root: Path) -> None:
         (["--hf-path", "x"], "checkpoint.pretrained_checkpoint", "x"),
         (["--swiglu"], "model.activation", "silu"),
         (["--geglu"], "model.activation", "gelu"),
+        (["--gelu-tanh"], "model.gated_mlp", True),
         (["--gelu-tanh", "--geglu"], "model.activation", "gelu_tanh"),
         (["--no-bias-gelu-fusion"], "model.activation", "gelu"),
         (["--use-rotary-position-embeddings"], "model.position_embedding", "rope"),
