@@ -166,8 +166,9 @@ class GPTModel(nn.Module):
         for word in stop:
             if isinstance(word, int):
                 ids.add(word)
-            elif tokenizer is not None and word in tokenizer.get_vocab():
-                ids.add(tokenizer.convert_tokens_to_ids(word))
+            elif tokenizer is not None:
+                found = tokenizer.convert_tokens_to_ids(word)
+                ids |= {found} - {None, tokenizer.unk_token_id}
         return frozenset(ids)
 
 
