@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from modellink.config.preprocess_schema import PreprocessConfig
-from modellink.data import readers
-from modellink.data.handlers import Encoded, Handler, build_handler
+from modellink.data import instruction_handlers, readers
+from modellink.data.handlers import HANDLERS, Encoded, Handler, build_handler
 from modellink.data.indexed import IndexedDataset, IndexedDatasetWriter, WriterState, merge
 from modellink.data.readers import Chunk, Position, find_files, read_chunks
 from modellink.data.tokenizer import Tokenizer, build_tokenizer
@@ -40,6 +40,8 @@ from modellink.errors import ModelLinkError, RunFailure
 from modellink.files import atomic_write
 
 logger = logging.getLogger(__name__)
+
+assert instruction_handlers.HANDLERS is HANDLERS  # importing it is what registers them
 
 COMMIT_SECONDS = 2.0
 _FORMAT = 1

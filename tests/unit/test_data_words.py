@@ -15,10 +15,12 @@ from modellink.data import words
 from modellink.data.words import word_encoder
 
 PIECES = [
-    *"abcXYZ019.,;:!?'\"()[]{}<>-_=+*/\\|@#$%^&~`", " ", "  ", "   ", "\n", "\n\n", "\r\n", "\t", "\x0b", "\x0c", "\x1c", "\x85",
-    "▁", "▁▁", " ▁", "the", " the", "ing", "'s", "'LL", "n't", "don't", "2024", "3.14", "中", "文字", "。", "，", "é", "e\u0301",
-    "🙂", "👩‍👩‍👧", "ß", "ſ", "\u00a0", "\u3000", "\u200b", "<s>", "</s>", "<unk>", "<|endoftext|>", "<|im_start|>", "<0x0A>", "\x00",
-]  # fmt: skip
+    *"abcXYZ019.,;:!?'\"()[]{}<>-_=+*/\\|@#$%^&~`",
+    *(" ", "  ", "   ", "\n", "\n\n", "\r\n", "\t", "\x0b", "\x0c", "\x1c", "\x85", "\x00", "▁", "▁▁", " ▁"),
+    *("the", " the", "ing", "'s", "'LL", "n't", "don't", "2024", "3.14", "中", "文字", "。", "，", "é", "e\u0301", "ß"),
+    *("ſ", "\u00a0", "\u3000", "\u200b", "🙂", "👩‍👩‍👧", "<s>", "</s>", "<unk>", "<|endoftext|>", "<|im_start|>"),
+    "<0x0A>",
+]
 
 
 def texts(count: int, alphabet: list[str]) -> list[str]:
