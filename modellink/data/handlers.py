@@ -19,7 +19,7 @@ import numpy.typing as npt
 from modellink.config.preprocess_schema import PreprocessConfig
 from modellink.data.indexed import IndexedDataset, IndexedDatasetWriter, best_dtype
 from modellink.data.tokenizer import Tokenizer
-from modellink.data.words import as_bytes
+from modellink.data.words import packer
 from modellink.errors import ModelLinkError
 from modellink.registry import Registry, suggest
 
@@ -115,7 +115,7 @@ class GeneralPretrainHandler(Handler):
     def _encode_texts(self, documents: list[str | list[str]]) -> Encoded:
         nested = [[text] if isinstance(text, str) else text for text in documents]
         ids = iter(self.tokenizer.encode_bytes(list(chain.from_iterable(nested)), self.dtype))
-        eod = as_bytes([self.tokenizer.eod], self.dtype) if self.config.append_eod else b""
+        eod = packer(self.dtype)([self.tokenizer.eod]) if self.config.append_eod else b""
         kept: list[bytes] = []
         sequences = np.zeros(len(documents), np.int32)
         for i, texts in enumerate(nested):

@@ -30,6 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from modellink.config.preprocess_schema import PreprocessConfig
 from modellink.data import instruction_handlers, readers
 from modellink.data.handlers import HANDLERS, Encoded, Handler, build_handler
@@ -298,6 +300,7 @@ class _Run:
                 yield chunk, self.handler.encode(*chunk.rows())
             return
         # Forked, so that workers share the tokenizer's memory and start at once; nothing else runs in this process yet.
+        self.tokenizer.encode_bytes([], np.int32)  # what it prepares on first use is prepared once
         context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
         pool = ProcessPoolExecutor(workers, context, _start_worker, (self.config, os.getpid()))
         waiting: deque[tuple[Chunk, Future[dict[str, Encoded]]]] = deque()

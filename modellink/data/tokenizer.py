@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from modellink.data.words import WordEncoder, as_bytes, word_encoder
+from modellink.data.words import WordEncoder, packer, word_encoder
 from modellink.errors import ModelLinkError
 from modellink.registry import Registry
 
@@ -70,7 +70,7 @@ class _Bytes:
         try:
             if self._words is not None:
                 return self._words.encode(texts, dtype)
-            return [as_bytes(ids, np.dtype(dtype)) for ids in self.encode_batch(texts)]
+            return list(map(packer(np.dtype(dtype)), self.encode_batch(texts)))
         except OverflowError as error:
             raise ModelLinkError(
                 f"the tokenizer gives an id that does not fit {np.dtype(dtype).name} ({error}): it is larger than its "

@@ -20,14 +20,14 @@ import json
 import re
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-CACHE_SIZE = 1 << 16
+CACHE_SIZE = 1 << 17
 _LONGEST_CACHED = 48
 _MARK = "▁"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -43,11 +43,15 @@ _PROBES = (
 )
 
 
-def as_bytes(ids: Sequence[int], dtype: np.dtype[Any]) -> bytes:
-    """Return `ids` as the raw bytes of a little-endian array; raises OverflowError when one does not fit."""
+def packer(dtype: np.dtype[Any]) -> Callable[[Sequence[int]], bytes]:
+    """Return the function that turns ids into the raw bytes of a little-endian array.
+
+    It raises OverflowError when an id does not fit `dtype`.
+    """
     code = {"<u2": "H", "<i4": "i"}.get(dtype.str) if sys.byteorder == "little" else None
-    # array converts short lists several times faster than numpy does
-    return array(code, ids).tobytes() if code else np.array(ids, dtype).tobytes()
+    if code is None:
+        return lambda ids: np.array(ids, dtype).tobytes()
+    return lambda ids: array(code, ids).tobytes()  # several times faster than numpy for short lists
 
 
 class WordEncoder:
@@ -59,8 +63,7 @@ class WordEncoder:
         self._ascii_only, self._prepend = ascii_only, prepend
         added = [token.content for token in rust.get_added_tokens_decoder().values()]
         self._added = re.compile("|".join(map(re.escape, added))) if added else None
-        self._dtype: np.dtype[Any] = np.dtype("<i4")
-        self._cache: dict[str, bytes] = {}
+        self._cache = _Cache(by_word, np.dtype("<i4"))
         bare, full = (rust.encode("a", add_special_tokens=special).ids for special in (False, True))
         at = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
         self._before, self._after = full[:at], full[at + len(bare) :]
@@ -70,29 +73,17 @@ class WordEncoder:
 
         Raises OverflowError when an id does not fit.
         """
-        if np.dtype(dtype) != self._dtype:
-            self._dtype, self._cache = np.dtype(dtype), {}
+        if np.dtype(dtype) != self._cache.dtype:
+            self._cache = _Cache(self._by_word, np.dtype(dtype))
         words = [self._words(text) for text in texts]
         whole = [text for text, cut in zip(texts, words, strict=True) if cut is None]
         encoded = iter(self._rust.encode_batch_fast(whole) if whole else [])
-        cache = self._cache
-        new = list({word for cut in words if cut is not None for word in cut}.difference(cache))
-        for word, ids in zip(new, self._by_word.encode_batch_fast(new, add_special_tokens=False), strict=True):
-            cache[word] = self._bytes(ids.ids)
-        before, after = self._bytes(self._before), self._bytes(self._after)
-        found = [
-            self._bytes(next(encoded).ids)
-            if cut is None
-            else b"".join(chain([before], map(cache.__getitem__, cut), [after]))
+        cache, pack = self._cache, packer(self._cache.dtype)
+        before, after = pack(self._before), pack(self._after)
+        return [
+            pack(next(encoded).ids) if cut is None else b"".join(chain([before], map(cache.__getitem__, cut), [after]))
             for cut in words
         ]
-        room = CACHE_SIZE - (len(cache) - len(new))
-        for word in new:  # the first words of a corpus are its frequent ones, so the cache is filled and then kept
-            if room > 0 and len(word) <= _LONGEST_CACHED:
-                room -= 1
-            else:
-                del cache[word]
-        return found
 
     def _words(self, text: str) -> list[str] | None:
         if self._added is not None and self._added.search(text):
@@ -104,8 +95,26 @@ class WordEncoder:
         found = self._pattern.findall(text)
         return found if sum(map(len, found)) == len(text) else None
 
-    def _bytes(self, ids: Sequence[int]) -> bytes:
-        return as_bytes(ids, self._dtype)
+
+class _Cache(dict[str, bytes]):
+    """Word -> bytes of its ids; a word that is not there is encoded, and kept while there is room.
+
+    The first words of a corpus are its frequent ones, so a full cache is left as it is.
+    """
+
+    def __init__(self, by_word: Any, dtype: np.dtype[Any]) -> None:
+        self.dtype, self._pack, self._encode = dtype, packer(dtype), by_word.encode
+        # without a pre-tokenizer the model may be asked directly, which is faster
+        self._tokenize = by_word.model.tokenize if by_word.pre_tokenizer is None else None
+
+    def __missing__(self, word: str) -> bytes:
+        if self._tokenize is not None:
+            found = self._pack([token.id for token in self._tokenize(word)])
+        else:
+            found = self._pack(self._encode(word, add_special_tokens=False).ids)
+        if len(self) < CACHE_SIZE and len(word) <= _LONGEST_CACHED:
+            self[word] = found
+        return found
 
 
 def word_encoder(rust: Any) -> WordEncoder | None:
