@@ -296,3 +296,27 @@ def test_a_value_longer_than_a_block_is_read(tmp_path: Path) -> None:
     (tmp_path / "in.json").write_text(json.dumps([{"text": "1"}, {"text": long}, {"text": "2"}]))
     preprocess(config(tmp_path / "in.json", tmp_path / "o"))
     assert list(map(len, documents(tmp_path / "o_text_document"))) == [2, 5001, 2]
+
+
+PEAK = """
+import resource, sys
+from modellink.config.preprocess_schema import PreprocessConfig
+from modellink.data.preprocess import preprocess
+preprocess(PreprocessConfig(input=sys.argv[1], output_prefix=sys.argv[2], tokenizer_type="NullTokenizer",
+    vocab_size=1000))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".parquet"])
+def test_memory_does_not_grow_with_the_input(tmp_path: Path, kind: str, root: Path) -> None:
+    text = " ".join(["0" * 40] * 50)
+    peaks = []
+    for count in (2_000, 20_000):
+        source = write_rows(tmp_path / f"{count}{kind}", [text] * count)
+        command = [sys.executable, "-c", PEAK, str(source), str(tmp_path / "out")]
+        environment = {**os.environ, "PYTHONPATH": str(root)}
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        peaks.append(int(done.stdout) / 1024)
+    assert kind == ".parquet" or source.stat().st_size > 40e6  # the same text again and again packs well
+    assert peaks[1] - peaks[0] < 12, f"{peaks} MiB"
