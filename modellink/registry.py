@@ -42,7 +42,8 @@ class Registry(Generic[T]):
         """Return the entry called `name`; raises ModelLinkError naming the nearest ones when there is none."""
         if name not in self._entries:
             raise ModelLinkError(
-                f"unknown {self.kind} {name!r}.{suggest(name, self._entries)} Known: {', '.join(sorted(self._entries))}."
+                f"unknown {self.kind} {name!r}.{suggest(name, self._entries)} "
+                f"Known: {', '.join(sorted(self._entries))}."
             )
         return self._entries[name]
 

@@ -173,11 +173,8 @@ def _equal(name: str, value: Any, stated: Any, mine: ModelConfig, theirs: ModelC
         return [mine.layer_has_window(i) for i in layers] == [theirs.layer_has_window(i) for i in layers]
     if name == "query_scale":
         value, stated = value or mine.head_dim, stated or theirs.head_dim
-    if (
-        isinstance(value, float)
-        and isinstance(stated, float | int)
-        or isinstance(stated, float)
-        and isinstance(value, int)
+    if (isinstance(value, float) and isinstance(stated, float | int)) or (
+        isinstance(stated, float) and isinstance(value, int)
     ):
         return math.isclose(value, stated, rel_tol=1e-6)
     return bool(value == stated)

@@ -256,7 +256,7 @@ def _rampup(resolved: ResolvedConfig, rampup: list[int], target: int, at_once: i
     shown = f"--rampup-batch-size {' '.join(map(str, rampup))}"
     if len(rampup) != 3:
         raise ModelLinkError(f"{shown} needs three numbers: first batch size, increment, samples of the ramp.")
-    start, increment, samples = rampup
+    start, increment, _samples = rampup
     if min(rampup) <= 0 or start > target or (target - start) % increment:
         raise ModelLinkError(
             f"{shown} does not reach --global-batch-size {target} in whole positive steps: change the increment."

@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from modellink.config.schema import ModelConfig, ParallelConfig
@@ -56,7 +56,7 @@ class ParallelModel:
             chunk.train(mode)
 
     @property
-    def tied_copy(self) -> nn.Parameter | None:
+    def tied_copy(self) -> Tensor | None:
         """The embedding matrix where first and last stage each hold a copy of it, else None."""
         config = self.chunks[0].config
         if not config.tie_word_embeddings or self.topology.size("pp") == 1:
@@ -72,12 +72,11 @@ def apply_data_parallel(model: Decoder, topology: Topology, compute_dtype: torch
     """Wrap each layer and the rest with FSDP2 over the data axes; gradients are summed in fp32, not averaged.
 
     Parameters stay as they are (fp32 masters under mixed precision), layers compute in `compute_dtype`.
-    ZeRO-0 is sharding over one rank and replication over the others; 1 and 2 keep gathered weights until backward is over;
+    ZeRO-0 is sharding over one rank and replication over the others; 1 and 2 keep gathered weights until backward is
+    over;
     3 drops them after forward.
     """
-    policy = MixedPrecisionPolicy(
-        param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = topology.mesh["dp_replicate", "dp_shard"]
     if topology.size("dp_replicate") == 1:
         mesh = topology.mesh["dp_shard"]
@@ -111,9 +110,11 @@ def build_model(
     dtype: torch.dtype,
     seed: int | None,
 ) -> ParallelModel:
-    """Build this rank's part of `model`, laid out by `parallel`, computing in `dtype`, with initial weights from `seed`.
+    """Build this rank's part of `model`, laid out by `parallel`, computing in `dtype`, with initial weights from
+    `seed`.
 
-    Under data parallelism parameters are the fp32 masters and are cast when gathered; otherwise they are held in `dtype`.
+    Under data parallelism parameters are the fp32 masters and are cast when gathered; otherwise they are held in
+    `dtype`.
     """
     data_parallel = topology.dp > 1
     specs = stage_specs(model, parallel, topology.coordinate("pp"))

@@ -1,6 +1,7 @@
 """Pipeline parallelism: which layers a rank holds, and torch's schedules over them.
 
-Layer placement follows Megatron: even stages hold L / PP consecutive layers; an uneven list gives prefix sums; interleaved chunk c
+Layer placement follows Megatron: even stages hold L / PP consecutive layers; an uneven list gives prefix sums;
+interleaved chunk c
 of stage p holds the layers from c * (L / V) + p * n on, n layers each, V chunks per rank.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +52,8 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 class Pipeline:
-    """Runs micro-batches through this rank's chunks. Gradients of all micro-batches are summed; `loss_fn` must be a sum."""
+    """Runs micro-batches through this rank's chunks. Gradients of all micro-batches are summed; `loss_fn` must be a
+    sum."""
 
     def __init__(
         self,
@@ -69,7 +72,7 @@ class Pipeline:
         self._schedules: dict[tuple[int, int, int, bool], _PipelineSchedule] = {}
         self._loss_fn: LossFunction | None = None
 
-    def _stages(self, micro_batch: int, length: int) -> list[PipelineStage]:
+    def _stages(self, micro_batch: int, length: int) -> list[Any]:
         """Stages with their shapes declared, so that no run-time negotiation is needed."""
         config = self.chunks[0].config
         split = self.topology.size("tp")
@@ -77,7 +80,7 @@ class Pipeline:
         hidden_dtype = torch.float32 if config.fp32_residual else self.dtype
         tokens = torch.empty(micro_batch, length, dtype=torch.long, device="meta")
         # requires_grad says that a gradient travels back along this edge
-        edge = {"device": "meta", "requires_grad": True}
+        edge: dict[str, Any] = {"device": "meta", "requires_grad": True}
         hidden = torch.empty(micro_batch, local, config.hidden_size, dtype=hidden_dtype, **edge)
         logits = torch.empty(micro_batch, length, config.padded_vocab_size // split, dtype=self.dtype, **edge)
         return [
@@ -134,7 +137,7 @@ class Pipeline:
         target = labels_BS if self.has_last else None
         losses: list[Tensor] | None = [] if self.has_last else None
         # the sequence length travels by keyword: a later stage sees only its shard of the sequence
-        context: dict[str, object] = {"sequence_length": length, "return_outputs": False}
+        context: dict[str, Any] = {"sequence_length": length, "return_outputs": False}
         if position_ids is not None:
             context["position_ids"] = position_ids
         if training:

@@ -1,7 +1,9 @@
 """The plan: module-name pattern -> kind, and kind -> placement of its parameters. Data, and the only place it is said.
 
-Training, inference, weight loading and the planner all read this one table, so none of them can disagree. A new family needs a new
-row only if it brings a new module. Source of the scheme: Shoeybi et al. (arXiv:1909.08053), sequence parallelism Korthikanti et al.
+Training, inference, weight loading and the planner all read this one table, so none of them can disagree. A new family
+needs a new
+row only if it brings a new module. Source of the scheme: Shoeybi et al. (arXiv:1909.08053), sequence parallelism
+Korthikanti et al.
 (arXiv:2205.05198).
 
     column         rows of the matrix are split; the input is whole, the output is a shard of the features
@@ -48,7 +50,8 @@ SPLIT_DIMENSION: dict[str, dict[str, int]] = {
 
 
 def kind_of(module_name: str) -> str | None:
-    """Kind of the module called `module_name` (dotted path in the decoder), None for one that the plan does not touch."""
+    """Kind of the module called `module_name` (dotted path in the decoder), None for one that the plan does not
+    touch."""
     for pattern, kind in PLAN:
         if module_name.count(".") == pattern.count(".") and fnmatchcase(module_name, pattern):
             return kind

@@ -42,7 +42,8 @@ class RecomputedCall:
 def apply_recompute(model: Decoder, parallel: ParallelConfig) -> None:
     """Set up what `parallel` asks for; nothing otherwise."""
     if parallel.recompute_granularity == "selective":
-        for layer in model.layers.values():
+        layers: Any = model.layers.values()
+        for layer in layers:
             layer.self_attn.run_core = RecomputedCall(layer.self_attn.core)
     elif parallel.recompute_granularity == "full":
         count = parallel.recompute_num_layers

@@ -1,6 +1,7 @@
 """From a full tensor to the piece this rank holds, without communication.
 
-Initial weights and files hold full tensors; a rank cuts its own piece out of them. Slicing before reading matters for files, so a
+Initial weights and files hold full tensors; a rank cuts its own piece out of them. Slicing before reading matters for
+files, so a
 piece is described first (`local_region`) and cut second.
 """
 
@@ -16,15 +17,18 @@ from modellink.optim.local import local_tensor
 
 
 def chunk_bounds(length: int, parts: int, index: int) -> tuple[int, int]:
-    """[start, end) of chunk `index` when `length` rows are cut like `torch.chunk`: ceil(length / parts) rows each, last ones fewer."""
+    """[start, end) of chunk `index` when `length` rows are cut like `torch.chunk`: ceil(length / parts) rows each, last
+    ones fewer."""
     size = -(-length // parts)
     return min(index * size, length), min((index + 1) * size, length)
 
 
 def local_region(parameter: Tensor) -> tuple[tuple[int, int], ...]:
-    """[start, end) along each dimension of the full tensor that this rank holds of `parameter` (everything for a plain one).
+    """[start, end) along each dimension of the full tensor that this rank holds of `parameter` (everything for a plain
+    one).
 
-    Mesh dimensions are walked from the innermost outwards: tensor parallelism cuts first and FSDP cuts what remains, which is
+    Mesh dimensions are walked from the innermost outwards: tensor parallelism cuts first and FSDP cuts what remains,
+    which is
     how FSDP2 lays out a parameter that is already split.
     """
     region = [(0, size) for size in parameter.shape]
@@ -50,7 +54,8 @@ def local_slice(full: Any, parameter: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_full_into(full: Any, parameter: Tensor) -> None:
-    """Overwrite the local piece of `parameter` from the full tensor (or safetensors slice) `full`, casting to its dtype."""
+    """Overwrite the local piece of `parameter` from the full tensor (or safetensors slice) `full`, casting to its
+    dtype."""
     target = local_tensor(parameter)
     if target.numel():
         target.copy_(local_slice(full, parameter))

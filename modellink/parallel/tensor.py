@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +39,10 @@ class ReplicatedEmbedding(ParallelStyle):
             module.register_parameter(key, whole)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        def enter(_: nn.Module, inputs: tuple[Tensor, ...], mesh: DeviceMesh) -> tuple[Tensor, ...]:
+        def enter(_: nn.Module, inputs: tuple[Tensor, ...], mesh: DeviceMesh) -> Any:
             return tuple(DTensor.from_local(t, mesh, [Replicate()], run_check=False) for t in inputs)
 
-        def leave(_: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:
+        def leave(_: nn.Module, output: DTensor, mesh: DeviceMesh) -> Any:
             return output.redistribute(placements=[self.output_layout]).to_local()
 
         return distribute_module(module, device_mesh, self._partition, enter, leave)
@@ -67,7 +68,8 @@ def style_of(kind: str, sequence_parallel: bool) -> ParallelStyle | None:
 def own_random_stream(rank: int) -> Callable[[], AbstractContextManager[object]]:
     """Region in which each tensor rank draws differently.
 
-    The seed of the region comes from the common stream, so a recomputed forward pass, which restores that stream, draws the
+    The seed of the region comes from the common stream, so a recomputed forward pass, which restores that stream, draws
+    the
     same numbers again, and the common stream stays common.
     """
 

@@ -1,4 +1,5 @@
-"""Which rank holds what: one named device mesh over `pp, dp_replicate, dp_shard, cp, tp` (tensor fastest, pipeline slowest).
+"""Which rank holds what: one named device mesh over `pp, dp_replicate, dp_shard, cp, tp` (tensor fastest, pipeline
+slowest).
 
 World size 1 has no mesh at all, so single-device code takes no detour. Axes of size 1 never communicate.
 """
@@ -73,7 +74,13 @@ class Topology:
         self.sizes = dict(
             zip(
                 AXES,
-                (parallel.pipeline_parallel, replicas, self.dp // replicas, parallel.context_parallel, parallel.tensor_parallel),
+                (
+                    parallel.pipeline_parallel,
+                    replicas,
+                    self.dp // replicas,
+                    parallel.context_parallel,
+                    parallel.tensor_parallel,
+                ),
                 strict=True,
             )
         )

@@ -1,6 +1,7 @@
 """One optimizer step, at any layout: forward and backward over micro-batches, reduction, clipping, update.
 
-The engine promises that loss, gradients and weights after a step are those of one process on the whole batch: losses are sums
+The engine promises that loss, gradients and weights after a step are those of one process on the whole batch: losses
+are sums
 over tokens divided by the token count of the *global* batch before backward, and every reduction is a sum.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -66,7 +68,7 @@ def build_optimizer(model: ParallelModel, config: OptimizerConfig) -> MixedPreci
     decoupled = None
     if config.decoupled_lr is not None:
         decoupled = lambda name: name.startswith(("embed_tokens.", "lm_head."))  # noqa: E731
-    common = {
+    common: dict[str, Any] = {
         "lr": config.lr or 0.0,
         "weight_decay": config.weight_decay,
         "master": "split" if config.split_master else "separate",
@@ -115,7 +117,8 @@ class Engine:
         return self.topology.sum_over_data(count).clamp_(min=1.0)
 
     def forward_backward(self, batch: Batch, micro_batch_size: int) -> Tensor:
-        """Accumulate gradients of this rank's rows of the global batch; returns the global mean loss (equal on all ranks).
+        """Accumulate gradients of this rank's rows of the global batch; returns the global mean loss (equal on all
+        ranks).
 
         batch: tokens, labels (and position_ids) int [rows, S] on the device, rows a multiple of `micro_batch_size`.
         """
@@ -155,7 +158,8 @@ class Engine:
         return self.topology.reduce(self.topology.sum_over_data(total.float()), "pp")
 
     def reduce_gradients(self) -> None:
-        """Finish what the layouts left open: sums over the tensor group, and the tied embedding of first and last stage."""
+        """Finish what the layouts left open: sums over the tensor group, and the tied embedding of first and last
+        stage."""
         finalize_partial_grads([p for _, p in self.model.named_parameters()])
         if self.topology.size("pp") > 1 and self.model.chunks[0].config.tie_word_embeddings:
             self._reduce_tied()

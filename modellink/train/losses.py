@@ -1,6 +1,7 @@
 """Token losses. Every loss is a *sum* over tokens; the trainer divides by the number of tokens in the global batch.
 
-So the curve does not depend on how the batch is cut into micro-batches and ranks. Masked positions carry the label `IGNORED`.
+So the curve does not depend on how the batch is cut into micro-batches and ranks. Masked positions carry the label
+`IGNORED`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ IGNORED = -100
 class _VocabularyParallelCrossEntropy(torch.autograd.Function):
     """Cross entropy of logits split over the vocabulary: three small all-reduces instead of gathering [B, S, V].
 
-    Forward keeps one fp32 copy of the local logits, turned in place into probabilities; backward turns it into the gradient.
+    Forward keeps one fp32 copy of the local logits, turned in place into probabilities; backward turns it into the
+    gradient.
     Source: Shoeybi et al. (arXiv:1909.08053), section 3.
     """
 

@@ -215,7 +215,7 @@ class MetricsLogger:
             self.save_dir.mkdir(parents=True, exist_ok=True)
             for name in (METRICS_FILE, VALIDATION_FILE):
                 _truncate_after(self.save_dir / name, start_iteration)
-            self._lines = open(self.save_dir / METRICS_FILE, "a")
+            self._lines = (self.save_dir / METRICS_FILE).open("a")
 
     def log(self, iteration: int, record: Mapping[str, Any]) -> None:
         """Report one finished iteration.

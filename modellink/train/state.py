@@ -1,8 +1,11 @@
 """What a checkpoint of a run holds, and how it comes back at any layout.
 
-Weights are stored as their exact fp32 masters under ``model.NAME``, whatever form the run keeps them in (fp32 parameters, separate
-masters, split masters, FSDP shards), optimizer states as ``optimizer.STATE.NAME``. So a file knows no layout and no precision
-mode: each run reads it into its own. Everything small (sample counts, schedule, loss scale) is JSON; random states are per rank
+Weights are stored as their exact fp32 masters under ``model.NAME``, whatever form the run keeps them in (fp32
+parameters, separate
+masters, split masters, FSDP shards), optimizer states as ``optimizer.STATE.NAME``. So a file knows no layout and no
+precision
+mode: each run reads it into its own. Everything small (sample counts, schedule, loss scale) is JSON; random states are
+per rank
 and come back only at the same layout, where they make a resumed run bitwise that of an uninterrupted one.
 """
 
@@ -64,7 +67,7 @@ def save_state(
     tensors = {f"model.{name}": tensor for name, tensor in engine.optimizer.master_state().items()}
     extra: dict[str, Any] = {"progress": asdict(progress), "layout": _layout(engine)}
     if config.save_optimizer:
-        states = engine.optimizer.state_dict()
+        states: dict[str, Any] = dict(engine.optimizer.state_dict())
         extra["optimizer_step"] = states.pop("step")
         extra["schedule"] = schedule.state_dict()
         extra["scaler"] = engine.scaler.state_dict() if engine.scaler is not None else None
@@ -109,7 +112,7 @@ def _load_optimizer(
         raise ModelLinkError(
             f"checkpoint {path} holds no optimizer states: give --no-load-optim to start them afresh, or --finetune."
         )
-    states = engine.optimizer.state_dict()
+    states: dict[str, Any] = dict(engine.optimizer.state_dict())
     states.pop("step")
     store.load({f"optimizer.{name}": t for name, t in states.items()}, step, prefix="optimizer.")
     engine.optimizer.load_state_dict({**states, "step": extra["optimizer_step"]})
