@@ -1,0 +1,354 @@
+"""A training run: set up, loop, evaluate, save, stop. Numbers are the engine's; this file decides only when what happens."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from modellink import device
+from modellink.checkpoint.agree import together
+from modellink.checkpoint.hf import is_hf_folder, load_hf
+from modellink.checkpoint.store import CheckpointStore
+from modellink.config.load import dump_config
+from modellink.config.resolved import ResolvedConfig
+from modellink.config.schema import Config
+from modellink.errors import ModelLinkError, RunFailure
+from modellink.optim.schedule import ParameterSchedule, schedule_lengths
+from modellink.parallel.apply import build_model
+from modellink.parallel.topology import Topology, initialize_distributed
+from modellink.train.batch_size import BatchSizeSchedule
+from modellink.train.engine import Engine, StepResult
+from modellink.train.feed import Feed, RunLength, open_tokenizer, run_length
+from modellink.train.metrics import MetricsLogger, model_flops
+from modellink.train.plots import draw_loss
+from modellink.train.resilience import ExitConditions, PeerWatch, SignalHandler, StopReason
+from modellink.train.state import Progress, load_state, load_weights, save_state, seed_everything, stored_vocabulary
+
+
+def build_schedule(config: Config, length: RunLength, batches: BatchSizeSchedule) -> ParameterSchedule:
+    """Learning rate and weight decay over the samples of the run."""
+    options = config.optimizer
+    decay, warmup = schedule_lengths(
+        length.train_samples,
+        batches.global_batch_size,
+        decay_iters=options.lr_decay_iters,
+        decay_samples=options.lr_decay_samples,
+        warmup_iters=options.lr_warmup_iters,
+        warmup_samples=options.lr_warmup_samples,
+        warmup_fraction=options.lr_warmup_fraction,
+    )
+    constant = options.weight_decay
+    return ParameterSchedule(
+        max_lr=options.lr or 0.0,
+        lr_decay_steps=decay,
+        min_lr=options.min_lr,
+        lr_warmup_steps=warmup,
+        lr_warmup_init=options.lr_warmup_init,
+        lr_decay_style=options.lr_decay_style,  # type: ignore[arg-type]
+        start_wd=constant if options.start_weight_decay is None else options.start_weight_decay,
+        end_wd=constant if options.end_weight_decay is None else options.end_weight_decay,
+        wd_incr_steps=length.train_samples,
+        wd_incr_style=options.weight_decay_incr_style,  # type: ignore[arg-type]
+        decoupled_lr=options.decoupled_lr,
+        decoupled_min_lr=options.decoupled_min_lr,
+        override=options.override_schedule,
+        use_checkpoint=options.use_checkpoint_schedule,
+    )
+
+
+class Trainer:
+    """One run on this rank, from a resolved configuration."""
+
+    def __init__(self, resolved: ResolvedConfig) -> None:
+        self.resolved, self.config = resolved, resolved.config
+        config = self.config
+        self.device = initialize_distributed(config.parallel)
+        if config.train.deterministic:
+            torch.use_deterministic_algorithms(True)
+        self.topology = Topology(config.parallel)
+        self.batches = BatchSizeSchedule(
+            config.train.global_batch_size,
+            config.train.micro_batch_size,
+            self.topology.dp,
+            tuple(config.train.rampup_batch_size) if config.train.rampup_batch_size else None,  # type: ignore[arg-type]
+        )
+        self.length = run_length(config, self.batches)
+        self.schedule = build_schedule(config, self.length, self.batches)
+        self.tokenizer = together(None, lambda: open_tokenizer(resolved))
+        self.source, self.store_in = self._find_source()
+        self._take_stored_vocabulary()
+        self.progress = Progress()
+        self.engine = self._build_engine()
+        self._load()
+        self.schedule.apply(self.engine.optimizer.param_groups)
+        self.feed = Feed(
+            config,
+            self.topology,
+            self.tokenizer,
+            self.length,
+            self.progress.consumed_samples,
+            self.progress.consumed_valid_samples,
+        )
+        save = config.checkpoint.save
+        self.store_out = None
+        if save:
+            self.store_out = CheckpointStore(
+                save, keep=config.checkpoint.keep_checkpoints, async_save=config.checkpoint.async_save
+            )
+        self.saved_iteration = self.progress.iteration if self.source is not None else -1
+
+    # --- set-up ----------------------------------------------------------------------------------------------------
+
+    def _find_source(self) -> tuple[Path | None, CheckpointStore | None]:
+        """Where weights come from: (folder, its store when it is a native one); (None, None) for a fresh start."""
+        options = self.config.checkpoint
+        for given in (options.load, options.pretrained_checkpoint):
+            if given is None:
+                continue
+            folder = Path(given)
+            if is_hf_folder(folder):
+                return folder, None
+            store = CheckpointStore(folder)
+            if options.ckpt_step is not None or (folder.is_dir() and store.latest() is not None):
+                return folder, store
+            if options.exit_on_missing_checkpoint or not (given == options.save or given == options.load):
+                raise ModelLinkError(
+                    f"no checkpoint in {folder}: give a folder with complete steps or a Hugging Face folder."
+                )
+        return None, None
+
+    def _take_stored_vocabulary(self) -> None:
+        """Keep the number of embedding rows that the checkpoint has, whatever layout padded them."""
+        if self.store_in is None:
+            return
+        model, parallel = self.config.model, self.config.parallel
+        rows = stored_vocabulary(self.store_in.resolve(self.config.checkpoint.ckpt_step, verify=False))
+        if rows is None or rows == model.padded_vocab_size:
+            return
+        if rows % parallel.tensor_parallel or (model.vocab_size or 0) > rows:
+            raise ModelLinkError(
+                f"the checkpoint in {self.source} has {rows} vocabulary rows, which neither hold {model.vocab_size} ids "
+                f"nor divide by tensor parallel {parallel.tensor_parallel}: choose a size that divides {rows}."
+            )
+        self.resolved.set("model.padded_vocab_size", rows, f"checkpoint {self.source}")
+
+    def _build_engine(self) -> Engine:
+        config = self.config
+        if config.model.padded_vocab_size is None:
+            raise ModelLinkError(
+                "the vocabulary size is unknown: give --tokenizer-name-or-path, --padded-vocab-size or --vocab-size."
+            )
+        dtype = getattr(torch, config.optimizer.dtype)
+        seed = config.train.seed if self.source is None else None
+        model = build_model(config.model, config.parallel, self.topology, self.device, dtype, seed)
+        if self.source is not None and self.store_in is None:
+            folder = self.source
+            for chunk in model.chunks:
+                together(None, lambda chunk=chunk: load_hf(chunk, folder, progress=self.topology.is_main))
+        seed_everything(config.train.seed + 100 * self.topology.coordinate("pp") + 10_007 * self.topology.dp_rank)
+        return Engine(model, config)
+
+    def _load(self) -> None:
+        if self.store_in is None:
+            return
+        options = self.config.checkpoint
+        if options.finetune or str(self.source) != options.load:
+            load_weights(self.store_in, self.engine, options.ckpt_step)
+            return
+        self.progress = load_state(self.store_in, self.engine, self.schedule, options.ckpt_step, options)
+
+    # --- the loop ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Train to the end or until something asks to stop; returns the exit code."""
+        with ExitStack() as stack:
+            signals = stack.enter_context(SignalHandler()) if self.config.train.exit_signal_handler else None
+            self.logger = stack.enter_context(self._logger())
+            stack.callback(self.feed.close)
+            exits = ExitConditions(
+                exit_interval=self.config.train.exit_interval,
+                exit_duration_in_mins=self.config.train.exit_duration_in_mins,
+                signals=signals,
+                device=self.device,
+            )
+            self._announce()
+            reason = None if self.config.train.skip_train else self._loop(exits)
+            if reason is not None:
+                self._print(f"stopping: {reason.text}.")
+            self._save()
+            if reason is None:
+                self._final_evaluations()
+            if self.store_out is not None:
+                self.store_out.wait()
+            return reason.exit_code if reason is not None else 0
+
+    def _loop(self, exits: ExitConditions) -> StopReason | None:
+        train, progress = self.config.train, self.progress
+        watch = None
+        if dist.is_initialized():
+            watch = PeerWatch(dist.distributed_c10d._get_default_store(), self.topology.rank, self.topology.world_size)
+        if train.manual_gc:
+            gc.disable()
+            gc.collect()
+        self.engine.model.train()
+        while progress.iteration < self.length.iterations:
+            with ExitStack() as guard:
+                if watch is not None:
+                    guard.enter_context(watch.iteration(progress.iteration + 1))
+                self._iteration()
+                if train.eval_iters and self.feed.valid is not None and progress.iteration % train.eval_interval == 0:
+                    self._evaluate(self.feed.valid, "")
+                interval = self.config.checkpoint.save_interval
+                if interval and progress.iteration % interval == 0:
+                    self._save()
+                reason = exits.check(progress.iteration)
+            if reason is not None:
+                return reason
+        return None
+
+    def _iteration(self) -> None:
+        train, progress = self.config.train, self.progress
+        began = time.perf_counter()
+        size = self.batches.at(progress.consumed_samples)
+        batch = self._to_device(self.feed.train.next_batch(size))
+        rate = self.schedule.learning_rate(self.schedule.num_steps)
+        scale = self.engine.scaler.scale if self.engine.scaler is not None else 1.0
+        result = self.engine.step(batch, train.micro_batch_size)
+        loss = result.loss.item()  # one synchronisation; it also makes the timing below honest
+        progress.iteration += 1
+        progress.consumed_samples += size
+        tokens = size * self.config.data.seq_length
+        progress.tokens += tokens
+        if result.skipped:
+            progress.skipped_iterations += 1
+        else:
+            self.schedule.step(size, self.engine.optimizer.param_groups)
+        if train.check_for_nan and not result.skipped:
+            self._check_finite(loss, result)
+        if train.manual_gc and train.manual_gc_interval and progress.iteration % train.manual_gc_interval == 0:
+            gc.collect()
+        self._log(loss, result, rate, scale, size, time.perf_counter() - began)
+
+    def _check_finite(self, loss: float, result: StepResult) -> None:
+        norm = result.grad_norm.item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise RunFailure(
+                f"iteration {self.progress.iteration}: loss {loss} and gradient norm {norm} are not both finite; lower "
+                f"--lr, look at the data of samples {self.progress.consumed_samples} and before, or pass "
+                "--no-check-for-nan-in-loss-and-grad to go on regardless."
+            )
+
+    def _to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+
+    # --- evaluation, saving, reporting ---------------------------------------------------------------------------------
+
+    def _evaluate(self, loader: Any, where: str) -> None:
+        """Mean loss over `eval_iters` global batches; a loader that runs dry ends the evaluation early."""
+        self.engine.model.train(False)
+        size = self.batches.global_batch_size
+        loss, tokens = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        for _ in range(self.config.train.eval_iters):
+            batch = self._to_device(loader.next_batch(size))
+            total, count = self.engine.evaluate(batch, self.config.train.micro_batch_size)
+            loss, tokens = loss + total, tokens + count
+            if loader is self.feed.valid:
+                self.progress.consumed_valid_samples += size
+        self.engine.model.train()
+        self.logger.log_validation(self.progress.iteration, (loss / tokens).item(), where)
+
+    def _final_evaluations(self) -> None:
+        if self.config.train.eval_iters:
+            for loader, where in ((self.feed.valid, "on validation set"), (self.feed.test, "on test set")):
+                if loader is not None:
+                    self._evaluate(loader, where)
+
+    def _save(self) -> None:
+        if self.store_out is None or self.saved_iteration == self.progress.iteration:
+            return
+        text = dump_config(self.resolved)
+        options = self.config.checkpoint
+        save_state(self.store_out, self.engine, self.schedule, self.progress, options, text)
+        self.saved_iteration = self.progress.iteration
+        self._print(f"saved checkpoint at iteration {self.progress.iteration} to {options.save}")
+        if self._is_logging_rank:
+            metrics = Path(options.save or ".") / "metrics.jsonl"
+            draw_loss(metrics, metrics.with_name("loss.png"), sequence_length=self.config.data.seq_length)
+
+    @property
+    def _is_logging_rank(self) -> bool:
+        """The last rank reports, as in the reference: it holds the last pipeline stage."""
+        return self.topology.rank == self.topology.world_size - 1
+
+    def _print(self, text: str) -> None:
+        if self._is_logging_rank:
+            print(text, flush=True)
+
+    def _logger(self) -> MetricsLogger:
+        train = self.config.train
+        return MetricsLogger(
+            self.config.checkpoint.save,
+            total_iterations=self.length.iterations,
+            log_interval=train.log_interval,
+            start_iteration=self.progress.iteration,
+            is_logging_rank=self._is_logging_rank,
+            log_throughput=train.log_throughput,
+            tensorboard_dir=train.tensorboard_dir,
+            wandb_project=train.wandb_project or None,
+            wandb_name=train.wandb_exp_name or None,
+        )
+
+    def _announce(self) -> None:
+        self._print(f"layout: {self.topology.describe()} on {self.topology.world_size} x {device.device_name()}")
+        model = self.config.model
+        self.flops = model_flops(
+            layers=model.num_layers,
+            hidden=model.hidden_size,
+            ffn=model.ffn_hidden_size,
+            gated=model.gated_mlp,
+            heads=model.num_attention_heads,
+            kv_heads=model.num_key_value_heads,
+            head_dim=model.head_dim,
+            vocab=model.padded_vocab_size,
+            seq=self.config.data.seq_length,
+        )
+        self.peak_flops = device.peak_flops(getattr(torch, self.config.optimizer.dtype))
+        self._print(time.strftime("[before the start of training step] datetime: %Y-%m-%d %H:%M:%S"))
+
+    def _log(self, loss: float, result: StepResult, rate: float, scale: float, size: int, seconds: float) -> None:
+        tokens_per_second = size * self.config.data.seq_length / seconds / self.topology.world_size
+        norm = self.engine.params_norm() if self.config.train.log_params_norm else None
+        record = {
+            "consumed_samples": self.progress.consumed_samples,
+            "lm_loss": loss,
+            "learning_rate": rate,
+            "grad_norm": result.grad_norm.item(),
+            "loss_scale": scale,
+            "tokens_per_second_per_device": tokens_per_second,
+            "tflops_per_device": tokens_per_second * self.flops.full / 1e12,
+            "mfu": tokens_per_second * self.flops.full / self.peak_flops,
+            "mfu_causal": tokens_per_second * self.flops.causal / self.peak_flops,
+            "memory_gib": device.memory_stats().peak_allocated / 2**30,
+            "step_ms": seconds * 1e3,
+            "global_batch_size": size,
+            "skipped": result.skipped,
+            "num_zeros": result.zeros,
+            "params_norm": norm,
+        }
+        self.logger.log(self.progress.iteration, {key: value for key, value in record.items() if value is not None})
+
+
+def train(resolved: ResolvedConfig) -> int:
+    """Run the training that `resolved` describes on this rank; returns the process's exit code."""
+    try:
+        return Trainer(resolved).run()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
