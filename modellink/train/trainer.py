@@ -1,4 +1,5 @@
-"""A training run: set up, loop, evaluate, save, stop. Numbers are the engine's; this file decides only when what happens."""
+"""A training run: set up, loop, evaluate, save, stop. Numbers are the engine's; this file decides only when what
+happens."""
 
 from __future__ import annotations
 
@@ -72,6 +73,8 @@ class Trainer:
         self.device = initialize_distributed(config.parallel)
         if config.train.deterministic:
             torch.use_deterministic_algorithms(True)
+        # errors of one rank travel over a host group, so that all ranks stop with the same sentence
+        self.host_group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.topology = Topology(config.parallel)
         self.batches = BatchSizeSchedule(
             config.train.global_batch_size,
@@ -81,7 +84,7 @@ class Trainer:
         )
         self.length = run_length(config, self.batches)
         self.schedule = build_schedule(config, self.length, self.batches)
-        self.tokenizer = together(None, lambda: open_tokenizer(resolved))
+        self.tokenizer = together(self.host_group, lambda: open_tokenizer(resolved))
         self.source, self.store_in = self._find_source()
         self._take_stored_vocabulary()
         self.progress = Progress()
@@ -134,8 +137,8 @@ class Trainer:
             return
         if rows % parallel.tensor_parallel or (model.vocab_size or 0) > rows:
             raise ModelLinkError(
-                f"the checkpoint in {self.source} has {rows} vocabulary rows, which neither hold {model.vocab_size} ids "
-                f"nor divide by tensor parallel {parallel.tensor_parallel}: choose a size that divides {rows}."
+                f"the checkpoint in {self.source} has {rows} vocabulary rows, which neither hold {model.vocab_size} "
+                f"ids nor divide by tensor parallel {parallel.tensor_parallel}: choose a size that divides {rows}."
             )
         self.resolved.set("model.padded_vocab_size", rows, f"checkpoint {self.source}")
 
@@ -150,8 +153,12 @@ class Trainer:
         model = build_model(config.model, config.parallel, self.topology, self.device, dtype, seed)
         if self.source is not None and self.store_in is None:
             folder = self.source
-            for chunk in model.chunks:
-                together(None, lambda chunk=chunk: load_hf(chunk, folder, progress=self.topology.is_main))
+
+            def load_weights_here() -> None:
+                for chunk in model.chunks:
+                    load_hf(chunk, folder, progress=self.topology.is_main)
+
+            together(self.host_group, load_weights_here)
         seed_everything(config.train.seed + 100 * self.topology.coordinate("pp") + 10_007 * self.topology.dp_rank)
         return Engine(model, config)
 
@@ -248,7 +255,8 @@ class Trainer:
     def _to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
 
-    # --- evaluation, saving, reporting ---------------------------------------------------------------------------------
+    # --- evaluation, saving, reporting
+    # ---------------------------------------------------------------------------------
 
     def _evaluate(self, loader: Any, where: str) -> None:
         """Mean loss over `eval_iters` global batches; a loader that runs dry ends the evaluation early."""
