@@ -1,0 +1,84 @@
+"""Every layout trains like one process: loss, every gradient of every step, every updated weight, in fp32.
+
+One spawn per world size runs all its cases. Adam's epsilon is raised to 1e-5: at 1e-8 it turns gradients that are zero up to
+rounding (a key bias without rotation) into full steps of random sign, in any program.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from equivalence import compare, run_cases, train
+from spawn import run_distributed
+
+TOLERANCE = 1e-5
+TP, SP = {"tensor_parallel": 2}, {"tensor_parallel": 2, "sequence_parallel": True}
+PP = {"pipeline_parallel": 2}
+CASES: dict[int, list[tuple[str, dict[str, Any], int]]] = {
+    2: [
+        ("llama", TP, 2),
+        ("llama", SP, 2),
+        ("tied", SP, 2),
+        ("gpt", TP, 2),
+        ("gpt", SP, 2),
+        ("bloom", SP, 2),
+        ("gemma2", SP, 2),
+        ("llama", {"zero_stage": 0}, 2),
+        ("llama", {"zero_stage": 1}, 2),
+        ("llama", {"zero_stage": 2}, 1),
+        ("llama", {"zero_stage": 3}, 2),
+        ("tied", {"zero_stage": 3}, 2),
+        ("llama", PP, 2),
+        ("tied", PP, 2),
+        ("gpt", PP | {"layers_per_stage": [1, 3]}, 2),
+        ("tied", PP | {"layers_per_virtual_stage": 1}, 2),
+        ("llama", {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2}, 2),
+        ("gemma2", PP | {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1}, 2),
+        ("llama", SP | {"recompute_granularity": "selective"}, 2),
+    ],
+    4: [
+        ("llama", SP | PP, 1),
+        ("tied", SP | {"zero_stage": 1}, 1),
+        ("gemma2", SP | {"zero_stage": 3}, 1),
+        ("tied", PP | {"zero_stage": 1}, 1),
+        ("gpt", TP | PP | {"layers_per_virtual_stage": 1}, 1),
+        ("llama", {"zero_stage": 3, "data_parallel_replicas": 2}, 1),
+        ("bloom", TP | {"zero_stage": 0}, 1),
+        ("llama", PP | {"zero_stage": 0, "layers_per_stage": [3, 1]}, 1),
+        ("llama", {"pipeline_parallel": 4}, 2),
+        ("llama", {"tensor_parallel": 4, "sequence_parallel": True}, 2),
+    ],
+    8: [
+        ("tied", SP | PP | {"zero_stage": 1}, 1),
+        ("llama", TP | PP | {"zero_stage": 0, "recompute_granularity": "full"}, 1),
+        ("gemma2", SP | {"zero_stage": 3, "data_parallel_replicas": 2}, 1),
+        ("gpt", SP | PP | {"zero_stage": 2, "layers_per_virtual_stage": 1}, 1),
+    ],
+}
+
+
+def name_of(case: tuple[str, dict[str, Any], int]) -> str:
+    model, parallel, _ = case
+    return "-".join([model, *(f"{key}={value}" for key, value in parallel.items())])
+
+
+@pytest.fixture(scope="module", params=sorted(CASES), ids=lambda world: f"{world}-ranks")
+def results(request: pytest.FixtureRequest) -> tuple[int, list[list[dict[str, Any]]]]:
+    world = request.param
+    return world, run_distributed(run_cases, world, CASES[world], timeout=300)
+
+
+@pytest.mark.dist
+def test_layouts_equal_one_process(results: tuple[int, list[list[dict[str, Any]]]]) -> None:
+    world, per_rank = results
+    wrong = {}
+    references: dict[tuple[str, int], dict[str, Any]] = {}
+    for place, case in enumerate(CASES[world]):
+        model, _, micro_batch = case
+        if (model, micro_batch) not in references:
+            references[model, micro_batch] = train(model, {}, micro_batch)
+        errors = compare([rank[place] for rank in per_rank], references[model, micro_batch])
+        if max(errors.values()) > TOLERANCE:
+            wrong[name_of(case)] = errors
+    assert not wrong
