@@ -170,7 +170,7 @@ def save_hf(
     ModelLinkError when the family cannot express the model, or tensors are missing, surplus or misshapen.
     """
     target = Path(folder)
-    _check_replaceable(target)
+    check_replaceable(target)
     source = Path(tokenizer_from) if tokenizer_from is not None else None
     if extras is None:
         extras = read_extras(source) if source is not None and is_hf_folder(source) else {}
@@ -259,7 +259,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _check_replaceable(target: Path) -> None:
+def check_replaceable(target: Path) -> None:
     """Refuse to replace what this module did not write."""
     if target.is_dir() and not any(target.iterdir()):
         return

@@ -202,7 +202,7 @@ ALIASES: dict[str, list[tuple[Any, ...]]] = {
 
 _FUSED = "fused kernels are chosen by the device and give the same numbers"
 _FP32 = "this part is always computed in fp32"
-_COMM = "communication is scheduled by the engine"
+_COMM = "the engine schedules communication, and overlaps it with computation wherever it can"
 _ONE_DECODER = "there is one decoder for all models"
 _GELU = "not an option of a decoder language model"
 _MOE, _MLA = (
@@ -248,7 +248,12 @@ ACCEPTED: dict[str, list[tuple[str, str]]] = {
             "--disable-tp-comm-bulk-wgrad --disable-tp-comm-split-ag --disable-tp-comm-split-rs "
             "--no-scatter-gather-tensors-in-pipeline --use-ring-exchange-p2p --nccl-communicator-config-path:str "
             "--zero-allgather-bucket-size:any --zero-reduce-bucket-size:any --ddp-bucket-size:any "
-            "--no-clone-scatter-output-in-embedding",
+            "--no-clone-scatter-output-in-embedding --overlap-grad-reduce --overlap-param-gather",
+        ),
+        ("the device decides: NCCL on CUDA, HCCL on Ascend, gloo on CPU", "--distributed-backend:str"),
+        (
+            "it only words the questions of benchmarks that are not built yet",
+            "--instruction-template:str --eval-language:str",
         ),
         (
             "memory is managed by PyTorch's allocator",

@@ -167,11 +167,6 @@ class ParallelConfig:
     data_parallel_replicas: int = option(
         1, help="hybrid sharding: groups of data ranks that each hold a full sharded copy"
     )
-    overlap_grad_reduce: bool = option(False, help="reduce gradients while backward runs")
-    overlap_param_gather: bool = option(False, help="gather weights while forward runs")
-    distributed_backend: str = option(
-        "nccl", choices=("nccl", "gloo", "hccl"), help="communication library on accelerators"
-    )
     distributed_timeout_minutes: int = option(45, help="a collective that waits longer is an error")
     recompute_granularity: str | None = option(
         None,
@@ -347,7 +342,9 @@ class CheckpointConfig:
     async_save: bool = option(False, help="write checkpoints in the background")
     keep_checkpoints: int | None = option(None, help="keep only the newest N checkpoints; default: all")
     save_format: str = option(
-        "native", choices=("native", "hf"), help="format of the weights written at the end of a run"
+        "native",
+        choices=("native", "hf"),
+        help="hf: also write the final weights into --save as a Hugging Face folder, with config.json and tokenizer",
     )
 
 
@@ -392,8 +389,6 @@ class EvaluateConfig:
     )
     evaluation_batch_size: int = option(1, help="questions answered at once")
     max_eval_samples: int | None = option(None, help="questions per subject at most; default: all")
-    eval_language: str = option("en", choices=("en", "zh"), help="language of the instructions around a question")
-    instruction_template: str = option("", help="text around a code question; {prompt} stands for the question")
     chat_template: bool = option(True, help="wrap questions in the tokenizer's chat template when it has one")
     save_dir: str = option("results", help="folder of results.json and samples.jsonl")
 

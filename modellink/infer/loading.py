@@ -29,7 +29,8 @@ def load_pretrained(
     if not path.is_dir():
         why = "it is a file" if path.is_file() else "there is no such folder"
         raise ModelLinkError(f"no model at {path}: {why}; give a Hugging Face folder or a checkpoint folder.")
-    if is_hf_folder(path):
+    # a run's folder may hold both: its steps are at least as new as its export
+    if is_hf_folder(path) and not CheckpointStore(path, local=True).iterations():
         decoder = _empty(read_config(path), dtype, device)
         load_hf(decoder, path, progress=False)
         return decoder, load_tokenizer(tokenizer or path, required=tokenizer is not None), _stop_ids(path)
@@ -42,7 +43,7 @@ def load_pretrained(
     with torch.no_grad():
         for name, value in load_full(step, parameters):
             parameters[name].copy_(value)
-    return decoder, _native_tokenizer(step, tokenizer), []
+    return decoder, _native_tokenizer(step, tokenizer), _stop_ids(step.parent)
 
 
 def _empty(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Decoder:

@@ -31,6 +31,11 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def launched_local_rank() -> int:
+    """Number of this process on its machine, 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     """Ranks left for data parallelism; ModelLinkError when the model-parallel sizes do not divide the world."""
     model_ranks = parallel.tensor_parallel * parallel.pipeline_parallel * parallel.context_parallel
@@ -45,7 +50,7 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
 
 def initialize_distributed(parallel: ParallelConfig) -> torch.device:
     """Join the process group that the launcher describes (none for one process); returns this rank's device."""
-    local = device.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    local = device.set_device(launched_local_rank())
     if launched_world_size() > 1 and not dist.is_initialized():
         dist.init_process_group(
             backend=device.backend(), timeout=timedelta(minutes=parallel.distributed_timeout_minutes)

@@ -176,7 +176,8 @@ class MetricsLogger:
 
     `save_dir` receives the JSON-lines files (None: none); entries after `start_iteration`, left by a run that got
     further than the checkpoint now resumed from, are removed. A line is printed every `log_interval` iterations; files
-    and TensorBoard get every iteration. `wandb_project` asks for Weights & Biases. `stream` replaces standard output.
+    get every iteration, TensorBoard and Weights & Biases every `board_interval`. `wandb_project` asks for Weights &
+    Biases. `stream` replaces standard output.
     """
 
     def __init__(
@@ -191,6 +192,8 @@ class MetricsLogger:
         tensorboard_dir: str | os.PathLike[str] | None = None,
         wandb_project: str | None = None,
         wandb_name: str | None = None,
+        wandb_dir: str | os.PathLike[str] | None = None,
+        board_interval: int = 1,
         run_config: Mapping[str, Any] | None = None,
         stream: TextIO | None = None,
     ) -> None:
@@ -200,6 +203,7 @@ class MetricsLogger:
         self.is_logging_rank = is_logging_rank
         self.save_dir = Path(save_dir) if save_dir is not None and is_logging_rank else None
         self.stream = sys.stdout if stream is None else stream
+        self.board_interval = board_interval
         self._interval = _Interval()
         self._consumed = 0
         self._lines: TextIO | None = None
@@ -210,7 +214,7 @@ class MetricsLogger:
         if tensorboard_dir is not None:
             self._board = _open_tensorboard(Path(tensorboard_dir), start_iteration)
         if wandb_project is not None:
-            self._wandb = _open_wandb(wandb_project, wandb_name, run_config)
+            self._wandb = _open_wandb(wandb_project, wandb_name, wandb_dir, run_config)
         if self.save_dir is not None:
             self.save_dir.mkdir(parents=True, exist_ok=True)
             for name in (METRICS_FILE, VALIDATION_FILE):
@@ -231,7 +235,8 @@ class MetricsLogger:
         if self._lines is not None:
             self._lines.write(json.dumps(entry) + "\n")
             self._lines.flush()
-        self._write_scalars(iteration, _scalars(record))
+        if iteration % self.board_interval == 0:
+            self._write_scalars(iteration, _scalars(record))
         self._interval.add(record)
         if iteration % self.log_interval == 0:
             self._print(self._line(iteration, record))
@@ -348,11 +353,13 @@ def _open_tensorboard(folder: Path, start_iteration: int) -> Any:
     return SummaryWriter(log_dir=str(folder), purge_step=start_iteration + 1 if start_iteration else None)
 
 
-def _open_wandb(project: str, name: str | None, run_config: Mapping[str, Any] | None) -> Any:
+def _open_wandb(
+    project: str, name: str | None, folder: str | os.PathLike[str] | None, run_config: Mapping[str, Any] | None
+) -> Any:
     try:
         import wandb
     except ImportError as error:
         raise ModelLinkError(
             "--wandb-project needs the package wandb, which is not installed; run `pip install wandb`."
         ) from error
-    return wandb.init(project=project, name=name, config=dict(run_config or {}))
+    return wandb.init(project=project, name=name, dir=folder, config=dict(run_config or {}))

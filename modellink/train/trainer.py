@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from modellink import device
-from modellink.checkpoint.agree import together
+from modellink.checkpoint.agree import on_first, together
+from modellink.checkpoint.export import check_export, export_step
 from modellink.checkpoint.hf import is_hf_folder, load_hf
 from modellink.checkpoint.store import CheckpointStore
 from modellink.config.load import dump_config
@@ -23,11 +24,12 @@ from modellink.config.schema import Config
 from modellink.errors import ModelLinkError, RunFailure
 from modellink.optim.schedule import ParameterSchedule, schedule_lengths
 from modellink.parallel.apply import build_model
-from modellink.parallel.topology import Topology, initialize_distributed
+from modellink.parallel.sanity import check_replicas
+from modellink.parallel.topology import Topology, initialize_distributed, launched_local_rank
 from modellink.train.batch_size import BatchSizeSchedule
 from modellink.train.engine import Engine, StepResult
 from modellink.train.feed import Feed, RunLength, open_tokenizer, run_length
-from modellink.train.metrics import MetricsLogger, model_flops
+from modellink.train.metrics import MetricsLogger, memory_line, model_flops
 from modellink.train.plots import draw_loss
 from modellink.train.resilience import ExitConditions, PeerWatch, SignalHandler, StopReason
 from modellink.train.state import Progress, load_state, load_weights, save_state, seed_everything, stored_vocabulary
@@ -88,23 +90,12 @@ class Trainer:
         self.source, self.store_in = self._find_source()
         self._take_stored_vocabulary()
         self.progress = Progress()
+        self.memory_reported = False
         self.engine = self._build_engine()
         self._load()
         self.schedule.apply(self.engine.optimizer.param_groups)
-        self.feed = Feed(
-            config,
-            self.topology,
-            self.tokenizer,
-            self.length,
-            self.progress.consumed_samples,
-            self.progress.consumed_valid_samples,
-        )
-        save = config.checkpoint.save
-        self.store_out = None
-        if save:
-            self.store_out = CheckpointStore(
-                save, keep=config.checkpoint.keep_checkpoints, async_save=config.checkpoint.async_save
-            )
+        self.feed = self._open_feed()
+        self.store_out = together(self.host_group, self._open_store)
         self.saved_iteration = self.progress.iteration if self.source is not None else -1
 
     # --- set-up ----------------------------------------------------------------------------------------------------
@@ -116,11 +107,12 @@ class Trainer:
             if given is None:
                 continue
             folder = Path(given)
-            if is_hf_folder(folder):
-                return folder, None
             store = CheckpointStore(folder)
+            # a run's folder may hold its export too: the steps are what a run continues from
             if options.ckpt_step is not None or (folder.is_dir() and store.latest() is not None):
                 return folder, store
+            if is_hf_folder(folder):
+                return folder, None
             if options.exit_on_missing_checkpoint or not (given == options.save or given == options.load):
                 raise ModelLinkError(
                     f"no checkpoint in {folder}: give a folder with complete steps or a Hugging Face folder."
@@ -171,6 +163,31 @@ class Trainer:
             return
         self.progress = load_state(self.store_in, self.engine, self.schedule, options.ckpt_step, options)
 
+    def _open_feed(self) -> Feed:
+        """Open the data; one rank of each machine goes first and writes the index caches that the others then read."""
+
+        def open_here() -> Feed:
+            done = self.progress
+            return Feed(
+                self.config,
+                self.topology,
+                self.tokenizer,
+                self.length,
+                done.consumed_samples,
+                done.consumed_valid_samples,
+            )
+
+        first = together(self.host_group, lambda: open_here() if launched_local_rank() == 0 else None)
+        return together(self.host_group, lambda: first or open_here())
+
+    def _open_store(self) -> CheckpointStore | None:
+        options = self.config.checkpoint
+        if not options.save:
+            return None
+        if options.save_format == "hf":
+            check_export(Path(options.save), self.config.model)
+        return CheckpointStore(options.save, keep=options.keep_checkpoints, async_save=options.async_save)
+
     # --- the loop ----------------------------------------------------------------------------------------------------
 
     def run(self) -> int:
@@ -194,6 +211,8 @@ class Trainer:
                 self._final_evaluations()
             if self.store_out is not None:
                 self.store_out.wait()
+            if reason is None or not reason.exit_code:
+                self._export()
             return reason.exit_code if reason is not None else 0
 
     def _loop(self, exits: ExitConditions) -> StopReason | None:
@@ -242,6 +261,18 @@ class Trainer:
         if train.manual_gc and train.manual_gc_interval and progress.iteration % train.manual_gc_interval == 0:
             gc.collect()
         self._log(loss, result, rate, scale, size, time.perf_counter() - began)
+        if progress.iteration % train.log_interval == 0:
+            self._inspect()
+
+    def _inspect(self) -> None:
+        """What is looked at once per log interval: memory after the first one, replicas when asked to."""
+        if not self.memory_reported and self.topology.dp_rank == 0:
+            memory = device.memory_stats()
+            sizes = (memory.allocated, memory.peak_allocated, memory.reserved, memory.peak_reserved)
+            print(memory_line(self.topology.rank, self.progress.iteration, *sizes), flush=True)
+        self.memory_reported = True
+        if self.config.train.sanity_checks:
+            together(self.host_group, lambda: check_replicas(self.engine.model))
 
     def _check_finite(self, loss: float, result: StepResult) -> None:
         norm = result.grad_norm.item()
@@ -255,8 +286,7 @@ class Trainer:
     def _to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
 
-    # --- evaluation, saving, reporting
-    # ---------------------------------------------------------------------------------
+    # --- evaluation, saving, reporting -----------------------------------------------------------------------------
 
     def _evaluate(self, loader: Any, where: str) -> None:
         """Mean loss over `eval_iters` global batches; a loader that runs dry ends the evaluation early."""
@@ -290,6 +320,15 @@ class Trainer:
             metrics = Path(options.save or ".") / "metrics.jsonl"
             draw_loss(metrics, metrics.with_name("loss.png"), sequence_length=self.config.data.seq_length)
 
+    def _export(self) -> None:
+        options, store = self.config.checkpoint, self.store_out
+        if options.save_format != "hf" or store is None:
+            return
+        folder, dtype = Path(options.save or "."), getattr(torch, self.config.optimizer.dtype)
+        step = store.resolve(self.progress.iteration, verify=False)
+        on_first(self.host_group, lambda: export_step(step, folder, dtype))
+        self._print(f"wrote the final weights to {folder} as a Hugging Face folder")
+
     @property
     def _is_logging_rank(self) -> bool:
         """The last rank reports, as in the reference: it holds the last pipeline stage."""
@@ -311,6 +350,8 @@ class Trainer:
             tensorboard_dir=train.tensorboard_dir,
             wandb_project=train.wandb_project or None,
             wandb_name=train.wandb_exp_name or None,
+            wandb_dir=train.wandb_save_dir or None,
+            board_interval=train.tensorboard_log_interval,
         )
 
     def _announce(self) -> None:
