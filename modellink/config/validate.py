@@ -51,6 +51,16 @@ def validate(resolved: ResolvedConfig, complete: bool = True) -> None:
             _required_to_train(resolved)
 
 
+def layout_problem(resolved: ResolvedConfig) -> str | None:
+    """What is wrong with the layout and its batches, None when nothing is."""
+    try:
+        for rule in (_layout, _stages, _batches):
+            rule(resolved)
+    except ModelLinkError as error:
+        return str(error)
+    return None
+
+
 def _given(resolved: ResolvedConfig, path: str) -> str:
     """ "--flag value", spelled as the user did or else as preferred."""
     spelling = resolved.origins[path].removeprefix("flag ")

@@ -1,0 +1,290 @@
+"""Device memory of a layout in closed form, and the nearest layout that fits.
+
+The estimate follows what the layout code of this package allocates, tensor by tensor, and nothing else: no allocator
+slack, no communication buffers, no library context. It is a lower bound that a real run exceeds by some percent, so a
+layout it refuses would not have run. Nothing is built and torch is not imported: a layout of any size costs
+microseconds. Legend: B micro-batch, S sequence, D hidden, H query heads, G KV heads, K head size, F FFN, V vocabulary.
+
+    weights      one rank per replica: in the compute dtype; sharded data parallelism: fp32 shards, and what is gathered
+    gradients    fp32 (the compute dtype of a micro-batch's own gradients lives too shortly to count)
+    optimizer    masters of half-precision weights, moments
+    activations  what autograd keeps of every micro-batch under way, and the logits with their gradient
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from modellink.config.flags import spell
+from modellink.config.resolved import ResolvedConfig
+from modellink.config.schema import ModelConfig
+from modellink.config.validate import layout_problem
+from modellink.errors import ModelLinkError
+
+_FIELDS = ("zero_stage", "recompute_granularity", "tensor_parallel", "pipeline_parallel")
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on the fullest device of a layout, at the peak of a step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {gib(value)}" for name, value in vars(self).items())
+        return f"{gib(self.total)} ({parts})"
+
+
+def gib(size: float) -> str:
+    """ "12.3 GiB"."""
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:,.1f} MiB"
+
+
+def layer_parameters(model: ModelConfig, tensor: int) -> int:
+    """Parameters of one decoder layer on one of `tensor` tensor-parallel ranks (the plan of parallel/plan.py)."""
+    D, F = model.hidden_size, model.ffn_hidden_size
+    query, key_value = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    norm = 1 if model.normalization == "RMSNorm" else 2
+    ups = 2 if model.gated_mlp else 1
+    split = D * (query + 2 * key_value) + query * D + (ups + 1) * D * F
+    split += (query + 2 * key_value) * model.qkv_bias + ups * F * model.mlp_bias
+    whole = D * model.attention_output_bias + D * model.mlp_bias + 2 * model.head_dim * norm * model.qk_norm
+    whole += (4 if model.sandwich_norm else 2) * D * norm
+    return split // tensor + whole
+
+
+def outer_parameters(model: ModelConfig, tensor: int, first: bool, last: bool) -> int:
+    """Parameters outside the layers that a stage holds on one tensor-parallel rank."""
+    D, V = model.hidden_size, model.padded_vocab_size or 0
+    norm = 1 if model.normalization == "RMSNorm" else 2
+    count = 0
+    if first:
+        count += V * D // tensor + D * norm * model.embedding_norm
+        count += (model.max_position_embeddings or 0) * D * (model.position_embedding == "learned_absolute")
+    if last:
+        own_head = not (model.tie_word_embeddings and first)  # a tied pair on two stages is two copies
+        count += D * norm + V * D // tensor * own_head + V // tensor * model.lm_head_bias
+    return count
+
+
+class _Layout:
+    """The sizes of one resolved configuration that the formulas read."""
+
+    def __init__(self, resolved: ResolvedConfig) -> None:
+        config = resolved.config
+        self.model, self.parallel, self.optimizer = config.model.resolve(), config.parallel, config.optimizer
+        self.tensor, self.stages, self.data = (
+            self.parallel.tensor_parallel,
+            self.parallel.pipeline_parallel,
+            resolved.data_parallel,
+        )
+        self.zero = self.parallel.zero_stage or int(self.parallel.distributed_optimizer)
+        self.shards = self.data // self.parallel.data_parallel_replicas if self.zero else 1
+        self.item = 4 if self.optimizer.dtype == "float32" else 2
+        self.rows, self.length = config.train.micro_batch_size or 1, config.data.seq_length or 1
+        batch = config.train.global_batch_size or self.rows * self.data
+        self.micro_batches = max(1, batch // (self.rows * self.data))
+        assert self.model.num_layers
+        self.chunk = self.parallel.layers_per_virtual_stage or self.model.num_layers // self.stages
+        self.chunks = 1 if self.parallel.layers_per_stage else self.model.num_layers // (self.stages * self.chunk)
+
+    def layers_of(self, stage: int) -> int:
+        return self.parallel.layers_per_stage[stage] if self.parallel.layers_per_stage else self.chunk * self.chunks
+
+    # --- states -------------------------------------------------------------------------------------------------------
+
+    def states(self, stage: int) -> tuple[int, int, int]:
+        """(weights, gradients, optimizer) in bytes."""
+        outer = outer_parameters(self.model, self.tensor, stage == 0, stage == self.stages - 1)
+        layer = layer_parameters(self.model, self.tensor)
+        held = outer + layer * self.layers_of(stage)
+        moments = 8 if self.optimizer.optimizer == "adam" else 4
+        if self.data == 1:
+            master = 0 if self.item == 4 else 2 if self.optimizer.split_master else 4
+            return self.item * held, 4 * held, (master + moments) * held
+        shard = held // self.shards
+        gathered = held
+        if self.zero == 3 and self.stages == 1:
+            gathered = outer + 2 * layer  # the layer at work and the one that is fetched ahead
+        if self.shards == 1 and self.item == 4:
+            gathered = 0
+        # stage 2 and 3 reduce after each micro-batch, a pipeline and the others once a step
+        waits = self.micro_batches > 1 and (self.zero < 2 or self.stages > 1)
+        return 4 * shard + self.item * gathered, 4 * (held if waits else shard), moments * shard
+
+    # --- activations --------------------------------------------------------------------------------------------------
+
+    def layer_activations(self, stored: bool) -> int:
+        """Bytes that one layer keeps for one micro-batch; `stored` False under full recomputation: its input alone."""
+        model, item = self.model, self.item
+        tokens, tensor = self.rows * self.length, self.tensor
+        between = tensor if self.parallel.sequence_parallel else 1
+        width = (4 if model.fp32_residual else item) * model.hidden_size
+        if not stored:
+            return tokens * width // between
+        query, key_value = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+        inside = self._norm_keeps() * model.hidden_size
+        norms = (4 if model.sandwich_norm else 2) * inside // between + 2 * item * model.hidden_size
+        heads = item * (2 * query + 2 * key_value) + self._norm_keeps() * (query + key_value) * model.qk_norm
+        mlp = item * model.ffn_hidden_size * (4 if model.gated_mlp else 2)
+        dropout = 2 * model.hidden_size // between if model.hidden_dropout else 0
+        per_token = norms + (heads + mlp) // tensor + dropout
+        return tokens * per_token + self._scores()
+
+    def _norm_keeps(self) -> int:
+        """Bytes per channel that a norm keeps besides its output: fp32 input and normalised values (RMSNorm)."""
+        if self.model.normalization != "RMSNorm":
+            return self.item
+        return 4 + (4 if self.model.norm_weight_in_fp32 else self.item)
+
+    def _scores(self) -> int:
+        """Bytes of attention scores where a soft cap keeps them (capped, softmax, cast); fused kernels keep none."""
+        if self.model.attention_logit_softcap is None or self.parallel.recompute_granularity == "selective":
+            return 0
+        heads = self.model.num_attention_heads // self.tensor
+        return self.rows * heads * self.length * self.length * (8 + self.item % 4)
+
+    def activations(self, stage: int) -> int:
+        """Bytes that autograd keeps on `stage` when most micro-batches are under way, and the logits there."""
+        parallel, layers = self.parallel, self.layers_of(stage)
+        whole, least = self.layer_activations(True), self.layer_activations(False)
+        if parallel.recompute_granularity != "full":
+            each, at_work = layers * whole, 0
+        elif parallel.recompute_method == "block":
+            count = min(layers, layers if parallel.recompute_num_layers is None else parallel.recompute_num_layers)
+            each, at_work = count * least + (layers - count) * whole, whole if count else 0
+        else:
+            size = parallel.recompute_num_layers or 1
+            each, at_work = math.ceil(layers / size) * least, min(size, layers) * whole
+        kept = int(each * self._under_way(stage)) + at_work
+        if stage == self.stages - 1:
+            tokens = self.rows * self.length
+            logits = tokens * (self.model.padded_vocab_size or 0) // self.tensor
+            kept += logits * (2 * self.item + 8)  # with their gradient; log-softmax and its gradient in fp32
+        return kept
+
+    def _under_way(self, stage: int) -> float:
+        """Micro-batches whose activations `stage` holds at once, in whole-stage units (1F1B, interleaved 1F1B)."""
+        if self.chunks == 1:
+            return min(self.stages - stage, self.micro_batches)
+        started = 2 * (self.stages - stage - 1) + (self.chunks - 1) * self.stages + 1
+        return min(started, self.chunks * self.micro_batches) / self.chunks
+
+
+def estimate_memory(resolved: ResolvedConfig) -> MemoryEstimate:
+    """Bytes that the fullest device needs to train `resolved` (vocabulary, batch and sequence must be known)."""
+    layout = _Layout(resolved)
+    found = []
+    even = not layout.parallel.layers_per_stage
+    for stage in {0, 1 % layout.stages, layout.stages - 1} if even else range(layout.stages):
+        weights, gradients, optimizer = layout.states(stage)
+        activations = layout.activations(stage)
+        if layout.micro_batches == 1 and (layout.data > 1 or layout.item == 4):
+            # backward frees activations as it makes gradients: only the larger of the two counts
+            activations = max(0, activations - gradients)
+        found.append(MemoryEstimate(weights, gradients, optimizer, activations))
+    return max(found, key=lambda estimate: estimate.total)
+
+
+# --- the nearest layout that fits -------------------------------------------------------------------------------------
+
+
+def _with(resolved: ResolvedConfig, world_size: int, micro_batch: int, values: dict[str, Any]) -> ResolvedConfig:
+    """A copy with another layout."""
+    config, now = resolved.config, resolved.config.parallel
+    parallel = dataclasses.replace(now, **values)
+    if parallel.tensor_parallel != now.tensor_parallel:
+        parallel.sequence_parallel = True
+    if parallel.recompute_granularity == "full":
+        parallel.recompute_method = parallel.recompute_method or "uniform"
+        parallel.recompute_num_layers = parallel.recompute_num_layers or 1
+    if parallel.pipeline_parallel != now.pipeline_parallel:
+        parallel.layers_per_stage = parallel.layers_per_virtual_stage = None
+    train = dataclasses.replace(config.train, micro_batch_size=micro_batch)
+    new = dataclasses.replace(
+        resolved, config=dataclasses.replace(config, parallel=parallel, train=train), world_size=world_size, warnings=[]
+    )
+    if world_size != resolved.world_size and resolved.origins["train.global_batch_size"].startswith("derived"):
+        train.global_batch_size = micro_batch * max(1, new.data_parallel)
+    return new
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _neighbours(resolved: ResolvedConfig, world_size: int) -> Iterator[tuple[float, ResolvedConfig]]:
+    """Every layout of `world_size` processes with at least this sharding, and how far it is from the one given.
+
+    Sharding states over data ranks changes least, then a smaller micro-batch, recomputation, tensor, pipeline.
+    """
+    now, train = resolved.config.parallel, resolved.config.train
+    zero = now.zero_stage or int(now.distributed_optimizer)
+    rows = train.micro_batch_size or 1
+    sizes = [rows] + [rows // n for n in _divisors(rows) if n > 1]
+    kinds = [now.recompute_granularity] + ["full"] * (now.recompute_granularity != "full")
+    for tensor in _divisors(world_size):
+        for stages in _divisors(world_size // tensor):
+            if tensor < now.tensor_parallel or stages < now.pipeline_parallel:
+                continue
+            shape = 8 * math.log2(tensor / now.tensor_parallel) + 12 * math.log2(stages / now.pipeline_parallel)
+            data = world_size // (tensor * stages)
+            for stage in range(zero, 4 if data > 1 else zero + 1):
+                for kind in kinds:
+                    for micro_batch in sizes:
+                        values = dict(zip(_FIELDS, (stage, kind, tensor, stages), strict=True))
+                        cost = shape + stage - zero + 2 * math.log2(rows / micro_batch) + 5 * (kind != kinds[0])
+                        yield cost, _with(resolved, world_size, micro_batch, values)
+
+
+def nearest_fit(resolved: ResolvedConfig, memory: int, world_size: int | None = None) -> ResolvedConfig | None:
+    """The layout of `world_size` processes (default: as many as now) nearest to `resolved` that fits, or None."""
+    fitting = (
+        (cost, -estimate_memory(layout).total, layout)
+        for cost, layout in _neighbours(resolved, world_size or resolved.world_size)
+        if layout_problem(layout) is None and estimate_memory(layout).total <= memory
+    )
+    best = min(fitting, key=lambda item: item[:2], default=None)
+    return None if best is None else best[2]
+
+
+def _changes(before: ResolvedConfig, after: ResolvedConfig) -> str:
+    """The flags that lead from one layout to the other."""
+    paths = ["parallel.tensor_parallel", "parallel.sequence_parallel", "parallel.pipeline_parallel"]
+    paths += ["parallel.zero_stage", "parallel.recompute_granularity", "train.micro_batch_size"]
+    changed = [path for path in paths if before.get(path) != after.get(path) and after.get(path)]
+    return " ".join(spell(path, after.get(path)) for path in changed)
+
+
+def check_memory(resolved: ResolvedConfig, memory: int, device_name: str) -> None:
+    """Raise ModelLinkError when `resolved` cannot fit into `memory` bytes per process; names the nearest fit.
+
+    Every rank computes the same sentence from the same numbers, so none waits for another.
+    """
+    estimate = estimate_memory(resolved)
+    if estimate.total <= memory:
+        return
+    world = resolved.world_size
+    advice = "no layout of up to 4096 times as many processes fits: choose a smaller model or a shorter sequence"
+    for factor in (2**n for n in range(13)):
+        fit = nearest_fit(resolved, memory, world * factor)
+        if fit is not None:
+            where = "is" if factor == 1 else f"needs {world * factor} processes:"
+            flags = _changes(resolved, fit) or "the same flags"
+            advice = f"the nearest layout that fits {where} {flags} ({gib(estimate_memory(fit).total)})"
+            break
+    raise ModelLinkError(
+        f"a device is too small for this layout: the run needs at least {estimate} on each of {world} process(es), "
+        f"{device_name} has {gib(memory)} for each; {advice}."
+    )
