@@ -66,7 +66,7 @@ class InstructionDataset:
         full_shuffle: bool = False,
         no_shuffle: bool = False,
     ) -> None:
-        self._tokens, self._labels, self.sequence_length = tokens, labels, sequence_length
+        self.indexed, self._labels, self.sequence_length = tokens, labels, sequence_length
         wanted = len(documents) if num_samples is None else num_samples
         self.order = sample_order(documents, wanted, seed, full_shuffle, no_shuffle)
         self._length = len(self.order) if num_samples is None else num_samples
@@ -77,7 +77,7 @@ class InstructionDataset:
     def __getitem__(self, index: int) -> Sample:
         document = int(self.order[index])
         return {
-            "tokens": self._tokens[document][: self.sequence_length].astype(np.int64),
+            "tokens": self.indexed[document][: self.sequence_length].astype(np.int64),
             "labels": self._labels[document][: self.sequence_length].astype(np.int64),
         }
 

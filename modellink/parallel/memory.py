@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -265,6 +266,14 @@ def _changes(before: ResolvedConfig, after: ResolvedConfig) -> str:
     paths += ["parallel.zero_stage", "parallel.recompute_granularity", "train.micro_batch_size"]
     changed = [path for path in paths if before.get(path) != after.get(path) and after.get(path)]
     return " ".join(spell(path, after.get(path)) for path in changed)
+
+
+def check_device(resolved: ResolvedConfig) -> None:
+    """`check_memory` against this rank's device; on CPU the processes of a machine share its memory evenly."""
+    from modellink import device
+
+    sharing = 1 if device.is_accelerated() else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    check_memory(resolved, device.total_memory() // sharing, device.device_name())
 
 
 def check_memory(resolved: ResolvedConfig, memory: int, device_name: str) -> None:

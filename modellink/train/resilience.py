@@ -10,6 +10,8 @@ import contextlib
 import os
 import signal
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -44,7 +46,8 @@ class SignalHandler:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == self._note:  # a run that ends for another reason may ignore signals by now
+                signal.signal(number, handler)
         self._previous.clear()
 
     def _note(self, number: int, _: FrameType | None) -> None:
@@ -139,13 +142,21 @@ def is_collective_failure(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in text for word in _COLLECTIVE_WORDS)
 
 
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _advice(what: str) -> str:
+    return f"{what}; see the log of that rank, then resume from the last checkpoint."
+
+
 def _listed(ranks: list[int]) -> str:
     more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
     return f"rank {', '.join(str(rank) for rank in ranks[:8])}{more}"
 
 
 class PeerWatch:
-    """Names the rank that died, and at which step, when a collective fails on the survivors.
+    """Names the rank that died, and at which step, when a collective fails on the survivors, and ends them.
 
     Every rank publishes in `store` where it runs and the last iteration it finished; a rank that fails on its own
     publishes why. `store` is the rendezvous store (that of torchrun outlives any rank). Wrap each iteration:
@@ -153,15 +164,29 @@ class PeerWatch:
         with watch.iteration(n):
             ...
 
-    `patience_s` is how long a survivor waits for a trace of what happened: a process takes a moment to disappear.
+    A survivor learns of a death in one of three ways. Its collective fails (gloo does at once): RunFailure. torchrun,
+    which ends the whole group, sends SIGTERM first: RunFailure as well, where a peer of this host is gone. Or its
+    collective waits on (NCCL does): a thread that looks every `look_every_s` prints the sentence and ends the process
+    with exit code 1, because nothing else can. `patience_s` is how long a survivor waits for a trace of what happened:
+    a process takes a moment to disappear.
     """
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, *, patience_s: float = 5.0) -> None:
+    def __init__(
+        self, store: dist.Store, rank: int, world_size: int, *, patience_s: float = 5.0, look_every_s: float = 2.0
+    ) -> None:
         self.store = dist.PrefixStore("modellink/watch", store)
         self.rank = rank
         self.world_size = world_size
         self.patience_s = patience_s
+        self.look_every_s = look_every_s
         self._host = socket.gethostname()
+        self._iteration = -1
+        self._inside = threading.Event()
+        self._leaving = False
+        self._ending: str | None = None  # the sentence, once SIGTERM has been answered with it
+        self._thread: threading.Thread | None = None
+        local, size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self._neighbours = [r for r in range(rank - local, rank - local + size) if r != rank and 0 <= r < world_size]
         self.store.set(f"place/{rank}", f"{os.getpid()} {self._host}")
         self.beat(-1)
 
@@ -172,15 +197,70 @@ class PeerWatch:
     @contextlib.contextmanager
     def iteration(self, iteration: int) -> Iterator[None]:
         """Publish the end of the enclosed iteration; turn a failed collective into RunFailure naming the dead rank."""
+        self._iteration = iteration
+        self._start_thread()
+        handles = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and _in_main_thread()
+        if handles:
+            signal.signal(signal.SIGTERM, self._terminated)
+        self._inside.set()
         try:
             yield
         except Exception as error:
+            if self._ending is not None:
+                raise RunFailure(self._ending) from error  # possibly wrapped by what it went through
             if is_collective_failure(error):
+                self._leave()
                 raise RunFailure(self.verdict(iteration)) from error
             with contextlib.suppress(RuntimeError):  # the store may be gone; the error itself matters more
                 self.store.set(f"failed/{self.rank}", f"{iteration} {type(error).__name__}: {error}")
+                self._first_verdict(_advice(self._fault(self.rank) or ""))
             raise
+        finally:
+            self._inside.clear()
+            if handles and not self._leaving:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.beat(iteration)
+
+    def _leave(self) -> None:
+        """This process ends by itself, with a sentence: torchrun's SIGTERM must not cut it short (SIGKILL follows)."""
+        self._leaving = True
+        if _in_main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def _terminated(self, number: int, _: FrameType | None) -> None:
+        if self._leaving:
+            return
+        if not any(self._fault(rank) for rank in self._neighbours):
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        self._leave()
+        self._ending = self.verdict(self._iteration)
+        raise RunFailure(self._ending)
+
+    def _start_thread(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._keep_looking, name="peer watch", daemon=True)
+            self._thread.start()
+
+    def _keep_looking(self) -> None:
+        while self._inside.wait():
+            at = self._iteration
+            time.sleep(self.look_every_s)
+            with contextlib.suppress(RuntimeError):  # a store that is gone is the main thread's to report
+                if self._is_stuck(at) and self._somebody_died(at):
+                    time.sleep(self.patience_s)  # a collective that notices fails by then, in the main thread
+                    if self._is_stuck(at):
+                        print(f"[rank {self.rank}] modellink: error: {self.verdict(at)}", file=sys.stderr, flush=True)
+                        os._exit(1)
+
+    def _is_stuck(self, iteration: int) -> bool:
+        return self._inside.is_set() and self._iteration == iteration and not self._leaving
+
+    def _somebody_died(self, iteration: int) -> bool:
+        if self.store.check(["verdict"]):
+            return True
+        return any(self._fault(rank) and self._done(rank) < iteration for rank in self._neighbours)
 
     def verdict(self, iteration: int) -> str:
         """Return the sentence that says which rank stopped at which iteration, the same on every survivor that asks."""
@@ -205,7 +285,7 @@ class PeerWatch:
                 break
             time.sleep(0.05)
         if culprits:
-            return f"{'; '.join(culprits[:3])}; see the log of that rank, then resume from the last checkpoint."
+            return _advice("; ".join(culprits[:3]))
         done = {rank: self._done(rank) for rank in range(self.world_size)}
         last = min(done.values())
         what = f"a collective failed in iteration {iteration}"

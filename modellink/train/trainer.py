@@ -21,9 +21,11 @@ from modellink.checkpoint.store import CheckpointStore
 from modellink.config.load import dump_config
 from modellink.config.resolved import ResolvedConfig
 from modellink.config.schema import Config
+from modellink.data.check import with_known_ids
 from modellink.errors import ModelLinkError, RunFailure
 from modellink.optim.schedule import ParameterSchedule, schedule_lengths
 from modellink.parallel.apply import build_model
+from modellink.parallel.memory import check_device
 from modellink.parallel.sanity import check_replicas
 from modellink.parallel.topology import Topology, initialize_distributed, launched_local_rank
 from modellink.train.batch_size import BatchSizeSchedule
@@ -140,6 +142,7 @@ class Trainer:
             raise ModelLinkError(
                 "the vocabulary size is unknown: give --tokenizer-name-or-path, --padded-vocab-size or --vocab-size."
             )
+        together(self.host_group, lambda: check_device(self.resolved))
         dtype = getattr(torch, config.optimizer.dtype)
         seed = config.train.seed if self.source is None else None
         model = build_model(config.model, config.parallel, self.topology, self.device, dtype, seed)
@@ -177,7 +180,7 @@ class Trainer:
                 done.consumed_valid_samples,
             )
 
-        first = together(self.host_group, lambda: open_here() if launched_local_rank() == 0 else None)
+        first = together(self.host_group, lambda: with_known_ids(open_here()) if launched_local_rank() == 0 else None)
         return together(self.host_group, lambda: first or open_here())
 
     def _open_store(self) -> CheckpointStore | None:

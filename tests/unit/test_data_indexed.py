@@ -134,6 +134,12 @@ def test_damage_is_one_sentence(tmp_path: Path, damage: object, message: str) ->
 
 def test_check_vocabulary_names_the_id(tmp_path: Path) -> None:
     dataset = IndexedDataset(write(tmp_path / "d", [[1, 2, 3], [41]]))
-    check_vocabulary(dataset, 42)
-    with pytest.raises(ModelLinkError, match=r"tokenizer disagrees with the data.*token id 41"):
-        check_vocabulary(dataset, 41)
+    check_vocabulary([None, dataset], 42)
+    with pytest.raises(ModelLinkError, match=r"disagrees with the data.*d\.bin holds token id 41.*41 entries"):
+        check_vocabulary([dataset], 41)
+    # inside a blend, and in one of the blocks that a large file is sampled at
+    class Blend:
+        datasets = [None, dataset]
+
+    with pytest.raises(ModelLinkError, match="token id 41"):
+        check_vocabulary([Blend()], 41, limit=1)

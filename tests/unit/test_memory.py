@@ -33,7 +33,8 @@ SHAPES: dict[str, list[str]] = {
     "gemma2": [
         *SIZES,
         *"--normalization RMSNorm --geglu --post-norm --attn-logit-softcapping 50".split(),
-        *"--position-embedding-type rope --disable-bias-linear --attention-dropout 0 --hidden-dropout 0 --ffn-hidden-size 160".split(),
+        *"--position-embedding-type rope --disable-bias-linear --ffn-hidden-size 160".split(),
+        *"--attention-dropout 0 --hidden-dropout 0".split(),
     ],
 }
 
