@@ -4,17 +4,21 @@
 per document; `write_questions` gives "What does `len` do?" with the first sentence of its docstring. Sources are
 parsed, not imported (some modules act when imported), so both are the same on every machine with the same Python
 version.
+
+    python -m modellink.data.python_docs FOLDER      # writes FOLDER/corpus.jsonl and FOLDER/questions.json
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib
 import inspect
 import json
 import re
+import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -143,3 +147,19 @@ def write_questions(path: str | Path, limit: int | None = None) -> int:
     ]
     atomic_write(path, json.dumps(rows, ensure_ascii=False, indent=0))
     return len(rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write both files and say what they hold."""
+    parser = argparse.ArgumentParser("python -m modellink.data.python_docs", description="Python's docs as data.")
+    parser.add_argument("folder", type=Path, help="folder that is written")
+    parser.add_argument("--questions", type=int, help="questions to write at most (default: all, several thousand)")
+    options = parser.parse_args(argv)
+    corpus, asked = options.folder / "corpus.jsonl", options.folder / "questions.json"
+    print(f"{corpus}: {write_corpus(corpus)} documents, {corpus.stat().st_size / 1e6:.1f} MB", flush=True)
+    print(f"{asked}: {write_questions(asked, options.questions)} questions with answers")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The whole job on one machine: `make quickstart`, or `python -m modellink.quickstart`."""
