@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,8 +55,8 @@ class Runner:
         self.console, self.logs = console, logs
         self.count = 0
 
-    def run(self, title: str, command: Sequence[str], said: Sequence[str] = (), show: bool = False) -> str:
-        """Run `command` and return its output; `said` are lines for its standard input, `show` prints the output.
+    def run(self, title: str, command: Sequence[str], said: Sequence[str] = ()) -> str:
+        """Run `command` and return its output; `said` are lines for its standard input.
 
         Raises RunFailure with the end of the output when it fails, and KeyboardInterrupt when it was interrupted.
         """
@@ -68,32 +68,31 @@ class Runner:
         self.console.print(f"$ {typed}", style="dim", markup=False, highlight=False, soft_wrap=True)
         environment = os.environ | {"PYTHONUNBUFFERED": "1", "COLUMNS": str(WIDTH)}
         environment.setdefault("OMP_NUM_THREADS", "1")  # two processes on two cores
-        child = subprocess.Popen(
+        with subprocess.Popen(
             [*PROGRAMS[command[0]], *command[1:]],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             env=environment,
-        )
-        try:
-            assert child.stdin is not None
-            child.stdin.write("".join(f"{line}\n" for line in said))
-            child.stdin.close()
-            output = self._follow(title, child)
-            code = child.wait()
-        finally:
-            _end(child)
-            log.parent.mkdir(parents=True, exist_ok=True)
+        ) as child:
+            try:
+                assert child.stdin is not None
+                with contextlib.suppress(BrokenPipeError):  # a child that dies at once says why in its output
+                    child.stdin.write("".join(f"{line}\n" for line in said))
+                    child.stdin.close()
+                output = self._follow(title, child)
+                code = child.wait()
+            finally:
+                _end(child)
+        log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(f"$ {typed}\n{output}", encoding="utf-8")
         if code == INTERRUPTED:
             raise KeyboardInterrupt
-        told = [line for line in output.splitlines() if not _NOISE.search(line)]
         if code:
+            told = [line for line in output.splitlines() if not _NOISE.search(line)]
             self.console.print("\n".join(told[-15:]), style="red", markup=False, highlight=False)
             raise RunFailure(f"{title!r} failed with exit code {code}: its whole output is in {log}.")
-        if show:
-            self.console.print("\n".join(f"  {line}" for line in told), markup=False, highlight=False)
         return output
 
     def _follow(self, title: str, child: subprocess.Popen[str]) -> str:
@@ -121,9 +120,7 @@ def _end(child: subprocess.Popen[str], patience: float = 20.0) -> None:
     """Let an interrupted child save what it has, then make sure that it is gone."""
     if child.poll() is None:
         child.terminate()
-        deadline = time.monotonic() + patience
-        while child.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.1)
-        if child.poll() is None:
+        try:
+            child.wait(patience)
+        except subprocess.TimeoutExpired:
             child.kill()
-    child.wait()
