@@ -94,6 +94,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def _check_folder(weights: HFWeights, config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> None:
     """Every tensor that is needed is there in the right shape, and no other one is."""
     family, folder = FAMILIES.get(config.family), weights.folder
+    declared = read_config(folder).vocab_size
     for canonical, shape in shapes.items():
         name = to_hf(family, canonical)
         if name not in weights:
@@ -101,7 +102,7 @@ def _check_folder(weights: HFWeights, config: ModelConfig, shapes: dict[str, tup
             raise ModelLinkError(f"{folder} lacks the tensor {name!r} of a {family.name} model of this shape.{hint}")
         stored = weights[name]
         if canonical in _VOCABULARY:
-            _check_vocabulary(stored, config)
+            _check_vocabulary(stored, config.padded_vocab_size or 0, declared)
             shape = (stored.shape[0], *shape[1:])
         if stored.shape != shape:
             raise ModelLinkError(
@@ -121,16 +122,17 @@ def _check_folder(weights: HFWeights, config: ModelConfig, shapes: dict[str, tup
         )
 
 
-def _check_vocabulary(stored: StoredTensor, config: ModelConfig) -> None:
-    rows, padded = stored.shape[0], config.padded_vocab_size or 0
+def _check_vocabulary(stored: StoredTensor, padded: int, declared: int | None) -> None:
+    """`declared` is the vocabulary of the folder's own config.json; the model's may be larger, for added tokens."""
+    rows = stored.shape[0]
     if rows > padded:
         raise ModelLinkError(
             f"{stored.file}: tensor {stored.name!r} has {rows} rows, more than the model's vocabulary of {padded};"
             f" set the padded vocabulary size to at least {rows}."
         )
-    if config.vocab_size is not None and rows < config.vocab_size:
+    if declared is not None and rows < declared:
         raise ModelLinkError(
-            f"{stored.file}: tensor {stored.name!r} has {rows} rows, fewer than the vocabulary of {config.vocab_size};"
+            f"{stored.file}: tensor {stored.name!r} has {rows} rows, fewer than the vocabulary of {declared};"
             " its configuration does not belong to these weights."
         )
 

@@ -139,6 +139,9 @@ def _merge(resolved: ResolvedConfig, other: ModelConfig, known: set[str], where:
             resolved.warnings.append(
                 f"{resolved.origins[path]} {value} differs from {stated} in {where}: taking {value}"
             )
+        elif explicit and name == "vocab_size" and value < stated <= (theirs.padded_vocab_size or 0):
+            # tokens that the tokenizer added took rows that padded the vocabulary
+            resolved.set(path, stated, where)
         elif explicit:
             problems.append(f"{name} is {value} by {resolved.origins[path]} but {stated} in {where}")
             remedies.append(f"no {resolved.origins[path]}" if stated is None else spell(path, stated))

@@ -113,9 +113,19 @@ def _merge(given: Sequence[Given], program: str, preset: str | None, printing: b
     for path, (value, origin) in found.items():
         if not path.startswith("source."):
             resolved.set(path, value, origin)
+    _count_null_end(resolved)
     architecture.fill(resolved, preset)
     _derive(resolved, printing)
     return resolved
+
+
+def _count_null_end(resolved: ResolvedConfig) -> None:
+    """NullTokenizer appends an end-of-document id to the vocabulary that a user names (Megatron's rule); a resolved
+    file, which names the padded vocabulary too, counts it already."""
+    model, origin = resolved.config.model, resolved.origins["model.vocab_size"]
+    named = model.vocab_size is not None and (origin.startswith("flag") or model.padded_vocab_size is None)
+    if named and resolved.config.tokenizer.tokenizer_type == "NullTokenizer":
+        resolved.set("model.vocab_size", (model.vocab_size or 0) + 1, f"{origin}, and 1 of NullTokenizer")
 
 
 def _derive(resolved: ResolvedConfig, printing: bool) -> None:
@@ -181,6 +191,9 @@ def set_tokenizer_size(resolved: ResolvedConfig, size: int) -> None:
         resolved, "model.padded_vocab_size"
     )
     if fixed >= size:
+        if model.vocab_size is not None and model.vocab_size < size:
+            # tokens that were added to the tokenizer take rows that padded the embedding
+            resolved.set("model.vocab_size", size, "tokenizer")
         return
     if fixed and not by_flag:
         origin = resolved.origins[

@@ -103,7 +103,8 @@ class Engine:
         self.optimizer = build_optimizer(model, config.optimizer)
         self.scaler = build_scaler(config.optimizer)
         vocabulary_group = self.topology.group("tp")
-        self.loss = loss or (lambda logits, labels: cross_entropy_sum(logits, labels, vocabulary_group))
+        vocab_size: Any = config.model.vocab_size or config.model.padded_vocab_size
+        self.loss = loss or (lambda logits, labels: cross_entropy_sum(logits, labels, vocab_size, vocabulary_group))
         self._fsdp = model.fsdp_modules()
         # FSDP accumulates in its reduce dtype by itself; fp32 parameters need nothing
         if not self._fsdp and config.optimizer.dtype != "float32":

@@ -50,6 +50,8 @@ def open_tokenizer(resolved: ResolvedConfig) -> Tokenizer | None:
     named = (options.tokenizer_name_or_path, options.tokenizer_model, options.vocab_file)
     if not any(named) and options.tokenizer_type != "NullTokenizer":
         return None
+    # NullTokenizer's end of document is the last id of the vocabulary
+    words = resolved.config.model.vocab_size
     tokenizer = build_tokenizer(
         options.tokenizer_type,
         options.tokenizer_name_or_path,
@@ -59,7 +61,7 @@ def open_tokenizer(resolved: ResolvedConfig) -> Tokenizer | None:
         vocab_file=options.vocab_file,
         merge_file=options.merge_file,
         tokenizer_model=options.tokenizer_model,
-        vocab_size=resolved.config.model.vocab_size,
+        vocab_size=words - 1 if words else None,
     )
     set_tokenizer_size(resolved, tokenizer.vocab_size + options.vocab_extra_ids)
     return tokenizer

@@ -461,8 +461,16 @@ def test_nothing_is_loaded_from_a_folder_that_does_not_fit(llama: Path) -> None:
 def test_a_vocabulary_that_does_not_fit(llama: Path) -> None:
     with pytest.raises(ModelLinkError, match=r"203 rows, more than the model's vocabulary of 192"):
         load_hf(Decoder(dataclasses.replace(resolved(llama), vocab_size=192, padded_vocab_size=192)), llama)
+    path = llama / "config.json"
+    path.write_text(path.read_text().replace('"vocab_size": 203', '"vocab_size": 250'))
     with pytest.raises(ModelLinkError, match="203 rows, fewer than the vocabulary of 250"):
-        load_hf(Decoder(dataclasses.replace(resolved(llama), vocab_size=250, padded_vocab_size=256)), llama)
+        load_hf(Decoder(dataclasses.replace(resolved(llama), padded_vocab_size=256)), llama)
+
+
+def test_added_tokens_take_rows_that_pad_the_vocabulary(llama: Path) -> None:
+    model = Decoder(dataclasses.replace(resolved(llama), vocab_size=205, padded_vocab_size=256))
+    load_hf(model, llama)
+    assert torch.equal(model.embed_tokens.weight[203], model.embed_tokens.weight[202])
 
 
 def test_rotary_tables_of_old_files_are_ignored(llama: Path) -> None:
