@@ -41,9 +41,10 @@ def validate(resolved: ResolvedConfig, complete: bool = True) -> None:
     _ranges(resolved)
     if complete and resolved.program != "train":
         _decoding(resolved)
+    _names(resolved)
     _model(resolved)
-    _layout(resolved)
     _stages(resolved)
+    _layout(resolved)
     if resolved.program == "train":
         _batches(resolved)
         _optimizer(resolved)
@@ -54,7 +55,7 @@ def validate(resolved: ResolvedConfig, complete: bool = True) -> None:
 def layout_problem(resolved: ResolvedConfig) -> str | None:
     """What is wrong with the layout and its batches, None when nothing is."""
     try:
-        for rule in (_layout, _stages, _batches):
+        for rule in (_stages, _layout, _batches):
             rule(resolved)
     except ModelLinkError as error:
         return str(error)
@@ -84,6 +85,20 @@ def _ranges(resolved: ResolvedConfig) -> None:
     for path in SHARES:
         if not 0 <= resolved.get(path) < 1:
             raise ModelLinkError(f"{flag_of(path)} must be at least 0 and below 1, not {resolved.get(path)}.")
+
+
+def _names(resolved: ResolvedConfig) -> None:
+    """Names that stand for rows of data rather than for code."""
+    if resolved.config.data.prompt_type:
+        from modellink.data.templates import get_template
+
+        get_template(resolved.config.data.prompt_type)
+    if resolved.program == "evaluate" and resolved.config.evaluate.task:
+        from modellink.evaluate.task import builtin_tasks
+
+        known = builtin_tasks()
+        for name in resolved.config.evaluate.task:
+            known.get(name)
 
 
 def _model(resolved: ResolvedConfig) -> None:

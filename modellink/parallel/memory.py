@@ -285,8 +285,8 @@ def check_memory(resolved: ResolvedConfig, memory: int, device_name: str) -> Non
     if estimate.total <= memory:
         return
     world = resolved.world_size
-    advice = "no layout of up to 4096 times as many processes fits: choose a smaller model or a shorter sequence"
-    for factor in (2**n for n in range(13)):
+    advice = "no layout of up to 1024 times as many processes fits: choose a smaller model or a shorter sequence"
+    for factor in (2**n for n in range(11)):
         fit = nearest_fit(resolved, memory, world * factor)
         if fit is not None:
             where = "is" if factor == 1 else f"needs {world * factor} processes:"
