@@ -71,7 +71,7 @@ SFT_DATASET = (
 SFT = (
     "torchrun --standalone --nproc-per-node 2 -m modellink train --stage sft --load OUT/hf "
     "--tokenizer-name-or-path OUT/tokenizer --data-path OUT/data/questions --split 100,0,0 --seq-length 128 "
-    "--variable-seq-lengths --micro-batch-size 8 --global-batch-size 16 --train-iters 200 --lr 2e-3 "
+    "--variable-seq-lengths --micro-batch-size 8 --global-batch-size 16 --train-iters 240 --lr 5e-3 "
     "--lr-decay-style cosine --lr-warmup-iters 10 --eval-iters 0 --log-interval 10 --save OUT/sft --save-format hf"
 )
 # each question stands alone, as in the data of the fine-tuning
