@@ -1,48 +1,49 @@
 """Whole-folder conversion between Hugging Face and native checkpoints, tensor by tensor.
 
-Nothing is computed: names are mapped, rows of vocabulary padding come or go, bytes are copied. Megatron's formats are
-spoken by
-their own module; asking for them here is an error that says so.
+Nothing is computed: names are mapped, rows of vocabulary padding come or go, bytes are copied. Tokenizer, model code
+and the keys of config.json that no option holds travel with the weights, beside and inside the native step. Megatron's
+formats are spoken by their own module; asking for them here is an error that says so.
 """
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from modellink.checkpoint.hf import expected_shapes, is_hf_folder, load_hf, read_config, read_extras, save_hf
-from modellink.checkpoint.store import CheckpointStore, is_native_step, load_full, read_tensor_names
+from modellink.checkpoint.hf import (
+    copy_companions,
+    expected_shapes,
+    is_hf_folder,
+    read_config,
+    read_extras,
+    read_hf,
+    save_hf,
+)
+from modellink.checkpoint.store import EXTRA, CheckpointStore, is_native_step, load_full, read_tensor_names
 from modellink.config.architecture import read_native
 from modellink.config.load import dump_config, load_config
 from modellink.errors import ModelLinkError
-from modellink.models.decoder import Decoder
 
 FORMATS = ("hf", "native")
-
-
-def _stored_dtype(folder: Path) -> torch.dtype:
-    """Type of the weights in a Hugging Face folder, from its first tensor."""
-    from modellink.checkpoint.hf_files import HFWeights
-
-    weights = HFWeights(folder)
-    return weights[next(iter(weights))].dtype
+_TOKENIZER = "tokenizer.tokenizer_name_or_path"
 
 
 def hf_to_native(source: Path, target: Path) -> None:
-    """Write step 1 of a native checkpoint with the weights of a Hugging Face folder, in their own dtype."""
+    """Write step 1 of a native checkpoint with the weights of a Hugging Face folder, each in its own dtype."""
     config = read_config(source)
-    config.padded_vocab_size = config.padded_vocab_size or config.vocab_size
-    with torch.device("meta"):
-        model = Decoder(config)
-    model = model.to(_stored_dtype(source)).to_empty(device="cpu")  # where files are read
-    model.tie_weights()
-    load_hf(model, source)
-    tensors: dict[str, Tensor] = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    config.padded_vocab_size = config.vocab_size
+    tensors = {f"model.{name}": tensor for name, tensor in read_hf(source, config)}
     resolved = load_config(["--hf-path", str(source)], program="generate")
     resolved.program = "train"  # what is written describes a run
     resolved.set("model.padded_vocab_size", config.padded_vocab_size, "converted weights")
+    if resolved.get(_TOKENIZER):
+        resolved.set(_TOKENIZER, str(target.absolute()), "converted tokenizer")
+    target.mkdir(parents=True, exist_ok=True)
+    copy_companions(source, target)
     extra = {"progress": {}, "layout": {}, "hf_extras": read_extras(source)}
     CheckpointStore(target, local=True).save(1, tensors, extra=extra, per_rank={}, config_text=dump_config(resolved))
 
@@ -53,15 +54,27 @@ def native_to_hf(source: Path, target: Path, dtype: torch.dtype | None = None) -
     config = read_native(step / "modellink.yaml").resolve()
     config.padded_vocab_size = read_tensor_names(step)["model.embed_tokens.weight"].shape[0]
     config.vocab_size = config.vocab_size or config.padded_vocab_size
-    tokenizer = _tokenizer_folder(step)
     names = [f"model.{name}" for name in expected_shapes(config)]
     tensors = ((name.removeprefix("model."), tensor) for name, tensor in load_full(step, names))
-    save_hf(target, tensors, config, tokenizer_from=tokenizer, dtype=dtype)
+    extras: dict[str, Any] | None = json.loads((step / EXTRA).read_text(encoding="utf-8")).get("hf_extras")
+    save_hf(target, tensors, config, tokenizer_from=_tokenizer_folder(step), extras=extras, dtype=dtype)
 
 
 def _tokenizer_folder(step: Path) -> Path | None:
+    """The tokenizer that the run named, else what lies beside its steps; a warning when it named one that is gone."""
     named = read_native(step / "modellink.yaml", section="tokenizer").tokenizer_name_or_path
-    return Path(named) if named and Path(named).is_dir() else None
+    beside = step.absolute().parent
+    if named and Path(named).is_dir():
+        return Path(named)
+    if any(beside.glob("tokenizer*")):
+        return beside
+    if named:
+        print(
+            f"modellink: warning: the tokenizer {named} that {step} names is no folder here; the Hugging Face folder "
+            "is written without a tokenizer.",
+            file=sys.stderr,
+        )
+    return None
 
 
 def convert(
@@ -76,8 +89,7 @@ def convert(
 
     A native checkpoint loads at every layout, so the parallel sizes matter to Megatron's formats only. `dtype` casts
     the weights of a Hugging Face folder that is written (default: as stored). Raises ModelLinkError for what does not
-    exist
-    or cannot be expressed; nothing is left half-written.
+    exist or cannot be expressed; nothing is left half-written.
     """
     source, target = Path(load_dir), Path(save_dir)
     if to not in FORMATS or tensor_parallel != 1 or pipeline_parallel != 1:

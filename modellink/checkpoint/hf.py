@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from modellink.models.decoder import Decoder
 from modellink.models.families import FAMILIES
 from modellink.parallel.shard import copy_full_into, local_tensor
 
-__all__ = ["HFWeights", "family_of", "is_hf_folder", "load_hf", "read_config", "read_extras", "save_hf"]
+__all__ = ["HFWeights", "family_of", "is_hf_folder", "load_hf", "read_config", "read_extras", "read_hf", "save_hf"]
 
 _VOCABULARY = ("embed_tokens.weight", "lm_head.weight", "lm_head.bias")
 _EMBEDDING, _HEAD = _VOCABULARY[:2]
@@ -83,6 +83,19 @@ def load_hf(model: Decoder, folder: str | Path, *, progress: bool = True, check_
         copy_full_into(stored, parameter)
         if check_finite and not torch.isfinite(local_tensor(parameter)).all():
             raise ModelLinkError(f"{stored.file}: tensor {stored.name!r} holds NaN or infinity.")
+
+
+def read_hf(folder: str | Path, config: ModelConfig, *, progress: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """Yield (canonical name, full CPU tensor, its dtype as stored) of every parameter of the whole model.
+
+    Raises ModelLinkError as `load_hf` does, before the first tensor is read.
+    """
+    weights, family = HFWeights(folder), FAMILIES.get(config.family)
+    shapes = expected_shapes(config)
+    _check_folder(weights, config, shapes)
+    for canonical in track(shapes, "Reading weights", disable=not progress):
+        stored = weights[to_hf(family, canonical)]
+        yield canonical, stored[tuple(slice(None) for _ in stored.shape)]
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -184,7 +197,7 @@ def save_hf(
     try:
         written = _write_shards(temporary, _translated(tensors, config, dtype), max_shard_bytes)
         if source is not None:
-            _copy_companions(source, temporary)
+            copy_companions(source, temporary)
         ids = token_ids(extras)
         if ids and not (temporary / "generation_config.json").exists():
             _write_json(temporary / "generation_config.json", ids)
@@ -248,7 +261,8 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard
     return max(dtypes, key=lambda dtype: dtypes[dtype])
 
 
-def _copy_companions(source: Path, target: Path) -> None:
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy tokenizer, generation settings and model code, the files that belong to a model beside its weights."""
     if not source.is_dir():
         raise ModelLinkError(f"{source} is no folder to take a tokenizer from.")
     for pattern in _COMPANIONS:
