@@ -362,7 +362,8 @@ def _published_peak(name: str, dtype: torch.dtype) -> tuple[float, str] | None:
 def _measured_peak(kind: str, dtype: torch.dtype) -> tuple[float, str]:
     """FLOP/s of a square matmul of `dtype`, best of several within about 0.2 s."""
     size = 512 if kind == "cpu" else 8192
-    left, right = (torch.randn(size, size, device=current_device()).to(dtype) for _ in range(2))
+    # ramps, not random numbers: a measurement must not move the generators of a run
+    left, right = (torch.linspace(-1, 1, size * size, device=current_device()).view(size, size).to(dtype),) * 2
     best = float("inf")
     stop = time.perf_counter() + 0.2
     for attempt in range(1000):

@@ -27,7 +27,7 @@ VOCABULARY = 64
 
 @dataclass(frozen=True)
 class Case:
-    """A command line and what it must say. `code` is the exit code on every rank."""
+    """A command line and what it must say; {rank} in it is the rank's own number. `code` is every rank's exit code."""
 
     name: str
     argv: list[str]
@@ -137,7 +137,7 @@ def run_cases(
     for fields, port in zip(cases, ports, strict=True):
         case = Case(*fields)
         os.environ["MASTER_PORT"] = str(port)
-        found[case.name] = run_case(case.argv)
+        found[case.name] = run_case([word.replace("{rank}", str(rank)) for word in case.argv])
     return found
 
 

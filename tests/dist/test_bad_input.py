@@ -42,11 +42,15 @@ pytestmark = pytest.mark.dist
 
 def data_cases(folder: Path, tokenizer: Path, tokens: Path) -> list[Case]:
     """Token files that are missing, cut, foreign, or of another tokenizer."""
+    empty = folder / "empty"
+    empty.mkdir()
     cut_bin, cut_idx = copy_pair(tokens, folder / "cut_bin"), copy_pair(tokens, folder / "cut_idx")
     truncate(Path(f"{cut_bin}.bin"))
     truncate(Path(f"{cut_idx}.idx"))
     foreign = copy_pair(tokens, folder / "foreign")
     Path(f"{foreign}.idx").write_bytes(b"not an index" * 20)
+    shifted = copy_pair(tokens, folder / "shifted")
+    flip(Path(f"{shifted}.idx"), at=34 + 4 * 10)  # the length of sequence 10
     large = make_tokens(folder / "large", largest=VOCABULARY + 13)
     padded = make_tokens(folder / "padded", largest=VOCABULARY)
     base = ["train", *ARCHITECTURE, *RUN, "--tokenizer-name-or-path", str(tokenizer), "--split", "100,0,0"]
@@ -59,6 +63,7 @@ def data_cases(folder: Path, tokenizer: Path, tokens: Path) -> list[Case]:
         case("truncated bin", cut_bin, f"{cut_bin}.bin is truncated: it has 2,003 bytes", "4,006", "preprocess again"),
         case("truncated idx", cut_idx, f"{cut_idx}.idx is truncated", "copy it again"),
         case("foreign idx", foreign, f"{foreign}.idx is not a Megatron .idx file", "`modellink preprocess`"),
+        case("flipped idx", shifted, f"{shifted}.idx is damaged: sequence 11 is not where", "copy it again"),
         case("ids beyond", large, f"{large}.bin holds token id 77, the vocabulary has 64", "preprocess again"),
         # the row exists, but only as padding: trained on, it would go unnoticed
         case("id in the padding", padded, f"{padded}.bin holds token id 64, the vocabulary has 64", "again"),
@@ -66,6 +71,11 @@ def data_cases(folder: Path, tokenizer: Path, tokens: Path) -> list[Case]:
             "missing tokenizer",
             [*base[:-4], "--tokenizer-name-or-path", f"{folder}/nowhere", "--data-path", str(tokens)],
             [f"tokenizer folder {folder}/nowhere does not exist", "--tokenizer-name-or-path"],
+        ),
+        Case(
+            "empty tokenizer",
+            ["train", *ARCHITECTURE, *RUN, "--mock-data", "--tokenizer-name-or-path", str(empty)],
+            [f"folder {empty} holds no tokenizer", "tokenizer.json"],
         ),
     ]
 
@@ -113,6 +123,11 @@ def weight_cases(folder: Path, tokenizer: Path, tokens: Path) -> list[Case]:
             [f"the tokenizer has {VOCABULARY} ids but the embedding only 32 rows", f"--padded-vocab-size {VOCABULARY}"],
         ),
         Case(
+            "a file to load",
+            [*base, "--load", str(whole / "config.json")],
+            [f"--load {whole}/config.json is a file", "give a checkpoint folder"],
+        ),
+        Case(
             "nothing to load",
             ["train", *ARCHITECTURE, *RUN, "--mock-data", "--vocab-size", "64", "--exit-on-missing-checkpoint"]
             + ["--load", f"{folder}/no_run"],
@@ -127,6 +142,7 @@ def layout_cases(folder: Path) -> list[Case]:
     three = ["train", *RUN, "--mock-data", "--vocab-size", "64", "--num-layers", "3", "--hidden-size", "18"]
     three += ["--num-attention-heads", "3", "--max-position-embeddings", "64", "--ffn-hidden-size", "32"]
     (folder / "bad.yaml").write_text("num_layres: 2\n")
+    (folder / "open.yaml").write_text("split: [1, 2\n")
     return [
         Case(
             "heads",
@@ -144,6 +160,12 @@ def layout_cases(folder: Path) -> list[Case]:
         Case("unknown preset", ["train", "--model", "llama2-7"], ["unknown preset 'llama2-7'", "'llama2-7b'"]),
         Case("missing config", [*base, "--config", f"{folder}/none.yaml"], [f"--config {folder}/none.yaml cannot be"]),
         Case("config key", [*base, "--config", f"{folder}/bad.yaml"], ["num_layres", "num_layers", "bad.yaml"]),
+        Case("broken config", [*base, "--config", f"{folder}/open.yaml"], ["open.yaml is not valid YAML", "line 1"]),
+        Case(
+            "no folder to save in",
+            [*base, "--save", f"{folder}/bad.yaml/run"],
+            [f"--save {folder}/bad.yaml/run cannot be used, {folder}/bad.yaml is a file", "another folder"],
+        ),
         Case("unknown verb", ["trian"], ["unknown verb 'trian'", "'train'"]),
     ]
 
@@ -184,6 +206,11 @@ def other_verb_cases(folder: Path, tokenizer: Path) -> list[Case]:
             [f"{folder}/full exists and was not written by ModelLink", "another folder"],
         ),
         Case(
+            "convert over a run",
+            ["convert", "--load-dir", hf, "--save-dir", f"{folder}/run", "--save-model-type", "native"],
+            [f"{folder}/run exists and is not an empty folder", "give another"],
+        ),
+        Case(
             "task",
             ["evaluate", "--load", hf, "--task", "arithmetik", "--save-dir", f"{folder}/results"],
             ["unknown task 'arithmetik'", "Known: "],
@@ -192,6 +219,37 @@ def other_verb_cases(folder: Path, tokenizer: Path) -> list[Case]:
         Case("generate", ["generate", "--load", f"{folder}/gone"], [f"{folder}/gone", "--load"]),
         Case("chat", ["chat", "--load", f"{folder}/gone"], [f"{folder}/gone", "--load"]),
         Case("generate with a cut file", ["generate", "--load", f"{folder}/cut"], ["cut short", "again"], worlds=(1,)),
+    ]
+
+
+def lonely_cases(folder: Path, tokenizer: Path, tokens: Path) -> list[Case]:
+    """What only the second of two ranks finds: the first must not wait for it."""
+    base = ["train", *ARCHITECTURE, *RUN, "--split", "100,0,0"]
+    copy_pair(tokens, folder / "on_rank0")
+    copy(tokenizer, folder / "tokenizer0")
+    for rank in (0, 1):
+        copy(folder / "hf", folder / f"hf{rank}")
+    truncate(sorted((folder / "hf1").glob("model-*"))[0])
+    known = ["--tokenizer-name-or-path", str(tokenizer)]
+    return [
+        Case(
+            "data on one rank",
+            [*base, *known, "--data-path", f"{folder}/on_rank{{rank}}"],
+            [f"{folder}/on_rank1.idx does not exist"],
+            worlds=(2,),
+        ),
+        Case(
+            "tokenizer on one rank",
+            [*base, "--mock-data", "--tokenizer-name-or-path", f"{folder}/tokenizer{{rank}}"],
+            [f"tokenizer folder {folder}/tokenizer1 does not exist"],
+            worlds=(2,),
+        ),
+        Case(
+            "weights cut on one rank",
+            ["train", *RUN, "--mock-data", "--load", f"{folder}/hf{{rank}}", "--tensor-model-parallel-size", "2"],
+            [f"{folder}/hf1/", "is damaged or cut short"],
+            worlds=(2,),
+        ),
     ]
 
 
@@ -255,6 +313,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> list[Case]:
     tokens = make_tokens(folder / "tokens")
     found = checkpoint_cases(folder)
     found += data_cases(folder, tokenizer, tokens) + weight_cases(folder, tokenizer, tokens)
+    found += lonely_cases(folder, tokenizer, tokens)
     found += layout_cases(folder) + other_verb_cases(folder, tokenizer) + memory_cases()
     assert len({case.name for case in found}) == len(found)
     return found
@@ -346,6 +405,7 @@ def test_the_survivor_of_a_killed_peer_names_it(root: Path, tmp_path: Path, vict
     assert len(said) == 1, text[-3000:]
     found = re.match(rf"rank {victim} \(process \d+ on .*\) died in iteration (\d+); see the log of that", said[0])
     assert found and done <= int(found[1]) <= done + 50, said
+    assert re.search(r"exitcode  : 1 ", text), "the survivor did not leave by itself"
     assert "resume from the last checkpoint" in said[0] and not re.search(r'File ".*modellink/', text)
 
 

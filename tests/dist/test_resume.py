@@ -20,11 +20,13 @@ pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("resume")]
 VOCABULARY, ITERATIONS = 300, 12
 FLAGS = f"""
 --num-layers 4 --hidden-size 32 --num-attention-heads 4 --num-key-value-heads 2 --ffn-hidden-size 64 --swiglu
---normalization RMSNorm --disable-bias-linear --position-embedding-type rope --seq-length 32 --max-position-embeddings 32
---vocab-size {VOCABULARY} --tokenizer-type NullTokenizer --micro-batch-size 2 --global-batch-size 8
---train-iters {ITERATIONS} --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-iters 2 --clip-grad 1.0
+--normalization RMSNorm --disable-bias-linear --position-embedding-type rope --seq-length 32
+--max-position-embeddings 32 --vocab-size {VOCABULARY} --tokenizer-type NullTokenizer
+--micro-batch-size 2 --global-batch-size 8
+--lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --clip-grad 1.0
 --attention-dropout 0 --hidden-dropout 0 --split 90,5,5 --eval-iters 1 --eval-interval 4 --save-interval 2
 """.split()
+LENGTH = ["--train-iters", str(ITERATIONS), "--lr-warmup-iters", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,8 @@ class Runs:
 
     def add(self, name: str, *flags: str, ranks: int = 1, load: str | None = None, **how: Any) -> str:
         """A run into folder `name`, going on from `load` (default: from `name` itself, if there is anything)."""
-        argv = [*FLAGS, *flags, "--data-path", str(self.data), "--data-cache-path", str(self.folder / "cache")]
+        length = [] if "--train-samples" in flags else LENGTH
+        argv = [*FLAGS, *length, *flags, "--data-path", str(self.data), "--data-cache-path", str(self.folder / "cache")]
         argv += ["--save", str(self.folder / name), "--load", str(self.folder / (load or name))]
         self.cases.append({"argv": argv, "ranks": ranks, **how})
         return name
@@ -97,7 +100,7 @@ MODES = {
     "dropout": ["--attention-dropout", "0.1", "--hidden-dropout", "0.1"],
     "background saves": ["--async-save"],
     "momentum": ["--optimizer", "sgd"],
-    "growing batch": ["--rampup-batch-size", "4", "2", "24"],
+    "growing batch": ["--rampup-batch-size", "4", "2", "24", "--train-samples", "84", "--lr-warmup-samples", "8"],
     "shuffled epochs": ["--dataloader-type", "cyclic"],
 }
 
@@ -156,7 +159,7 @@ def test_killed_in_a_group_of_two(runs: Runs) -> None:
     results = runs.perform()
     for index, result in enumerate(results):
         killed = index % 5 in (1, 3)
-        assert (-9 in result["codes"] if killed else result["codes"] == [0, 0]), result
+        assert -9 in result["codes"] if killed else result["codes"] == [0, 0], result
         assert result["seconds"] < 60
     for layout in GROUPS:
         for phase in ("shards written", "before the tracker"):
