@@ -102,6 +102,8 @@ def convert(
     if is_hf_folder(source):
         if to == "hf":
             raise ModelLinkError(f"{source} already is a Hugging Face folder: copy it, or convert to native.")
+        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+            raise ModelLinkError(f"{target} exists and is not an empty folder: give another one or remove it yourself.")
         hf_to_native(source, target)
     elif to == "native":
         raise ModelLinkError(f"{source} already is native: it loads at every layout.")

@@ -11,21 +11,22 @@ from modellink.config.load import load_config
 def run(argv: Sequence[str]) -> int:
     """Load the model, run every --task, write results.json and samples.jsonl to --save-dir."""
     config = load_config(argv, "evaluate").config
-    if int(os.environ.get("RANK", "0")):
-        return 0  # one process evaluates
-    from rich.console import Console
-
     from modellink.errors import ModelLinkError
-    from modellink.evaluate.harness import Format, evaluate
     from modellink.evaluate.task import builtin_tasks
-    from modellink.infer.run import open_model
 
     options = config.evaluate
     known = builtin_tasks()
     if not options.task:
         raise ModelLinkError(f"no task was named: give --task with one or more of {', '.join(known.names())}.")
     for name in options.task:
-        known.get(name)  # a misspelt name fails before the model is loaded
+        known.get(name)  # a misspelt name fails before the model is loaded, on every rank
+    if int(os.environ.get("RANK", "0")):
+        return 0  # one process evaluates
+    from rich.console import Console
+
+    from modellink.evaluate.harness import Format, evaluate
+    from modellink.infer.run import open_model
+
     model = open_model(config)
     template = config.data.prompt_type
     has_own = bool(getattr(model.tokenizer, "chat_template", None))

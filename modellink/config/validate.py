@@ -7,6 +7,7 @@ other.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from modellink.config.architecture import SIZES
@@ -39,6 +40,8 @@ SHARES = ("model.attention_dropout", "model.hidden_dropout", "optimizer.adam_bet
 def validate(resolved: ResolvedConfig, complete: bool = True) -> None:
     """Raise ModelLinkError for the first broken rule. `complete` also asks for what a run cannot do without."""
     _ranges(resolved)
+    if complete:
+        _folders(resolved)
     if complete and resolved.program != "train":
         _decoding(resolved)
     _names(resolved)
@@ -93,12 +96,6 @@ def _names(resolved: ResolvedConfig) -> None:
         from modellink.data.templates import get_template
 
         get_template(resolved.config.data.prompt_type)
-    if resolved.program == "evaluate" and resolved.config.evaluate.task:
-        from modellink.evaluate.task import builtin_tasks
-
-        known = builtin_tasks()
-        for name in resolved.config.evaluate.task:
-            known.get(name)
 
 
 def _model(resolved: ResolvedConfig) -> None:
@@ -340,6 +337,16 @@ def _required_to_train(resolved: ResolvedConfig) -> None:
             raise ModelLinkError(f"{flag_of(path)} is missing: {_help_of(path)}.")
     if config.train.train_iters is None and config.train.train_samples is None:
         raise ModelLinkError("the length of the run is missing: give --train-iters or --train-samples.")
+    options = config.checkpoint
+    if (
+        options.load not in (None, options.save)
+        and not Path(options.load).exists()
+        and not options.pretrained_checkpoint
+    ):
+        resolved.warnings.append(
+            f"{_given(resolved, 'checkpoint.load')} does not exist: starting from random weights "
+            f"({flag_of('checkpoint.exit_on_missing_checkpoint')} makes this an error)"
+        )
     data = config.data
     parts = data.train_data_path or data.valid_data_path or data.test_data_path
     if data.data_path and parts:
@@ -354,6 +361,26 @@ def _required_to_train(resolved: ResolvedConfig) -> None:
     named = tokenizer.tokenizer_name_or_path or tokenizer.tokenizer_model or tokenizer.vocab_file
     if not named and config.model.padded_vocab_size is None:
         raise ModelLinkError("the vocabulary is not known: give --tokenizer-name-or-path FOLDER, or --vocab-size N.")
+
+
+def _folders(resolved: ResolvedConfig) -> None:
+    """Folders to read from are no files; folders to write to can be made."""
+    for path in ("checkpoint.load", "checkpoint.pretrained_checkpoint"):
+        folder = resolved.get(path)
+        if folder is not None and Path(folder).is_file():
+            raise ModelLinkError(
+                f"{_given(resolved, path)} is a file: give a checkpoint folder or a Hugging Face folder."
+            )
+    writing = {"train": ("checkpoint.save", "train.tensorboard_dir"), "evaluate": ("evaluate.save_dir",)}
+    for path in writing.get(resolved.program, ()):
+        folder = resolved.get(path)
+        if folder is None:
+            continue
+        whole = Path(folder).absolute()
+        there = next(parent for parent in (whole, *whole.parents) if parent.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            why = "cannot be written to" if there.is_dir() else "is a file"
+            raise ModelLinkError(f"{_given(resolved, path)} cannot be used, {there} {why}: give another folder.")
 
 
 def _decoding(resolved: ResolvedConfig) -> None:

@@ -208,6 +208,7 @@ class GPTDataset:
         return (self.epochs * self.tokens_per_epoch - 1) // self.options.sequence_length
 
     def _build(self) -> tuple[npt.NDArray[Any], ...]:
+        self.indexed.check_index()
         length, total = self.options.sequence_length, self._samples
         separate, first = False, total
         if self.epochs > 1 and self.num_samples is not None:

@@ -170,7 +170,13 @@ class _WorkFolder:
         self.finished = False
 
     def __enter__(self) -> _WorkFolder:
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ModelLinkError(
+                f"folder {self.path} for unfinished work cannot be made ({error.strerror}); choose another "
+                f"--output-prefix"
+            ) from error
         self._lock = open(self.path / "lock", "w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -78,6 +78,10 @@ class _Bytes:
             ) from error
 
 
+# how the names of the files begin that hold a tokenizer, or say where it is
+_TOKENIZER_FILES = ("tokeniz", "vocab", "merges", "special_tokens", "added_tokens", "spiece", "sentencepiece", "config")
+
+
 class HFTokenizer(_Bytes):
     """A tokenizer folder as Hugging Face writes it. eod is the eos id; pad falls back to it."""
 
@@ -93,6 +97,11 @@ class HFTokenizer(_Bytes):
             raise ModelLinkError(
                 f"tokenizer folder {folder} does not exist; give a local folder with tokenizer files to "
                 f"--tokenizer-name-or-path (models are not downloaded here)"
+            )
+        if not any(file.name.startswith(_TOKENIZER_FILES) for file in Path(folder).iterdir()):
+            raise ModelLinkError(
+                f"folder {folder} holds no tokenizer; give one with tokenizer.json, or with the files of a slow "
+                f"tokenizer and their tokenizer_config.json, to --tokenizer-name-or-path"
             )
         from transformers import AutoTokenizer
 

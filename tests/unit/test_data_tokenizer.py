@@ -69,7 +69,7 @@ def test_kwargs_and_padding_side_reach_the_tokenizer(shared: Path) -> None:
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     for kwargs, message in [
         ({"name_or_path": str(tmp_path / "none")}, "none does not exist"),
-        ({"name_or_path": str(tmp_path)}, "no tokenizer can be read"),
+        ({"name_or_path": str(tmp_path)}, "holds no tokenizer; give one with tokenizer.json"),
         ({}, "needs --tokenizer-name-or-path"),
         ({"kind": "Llama2Tokenizer", "tokenizer_model": str(tmp_path / "m")}, "--tokenizer-model"),
         ({"kind": "GPT2BPETokenizer", "vocab_file": str(tmp_path / "v"), "merge_file": "m"}, "--vocab-file"),
