@@ -17,10 +17,11 @@ from modellink.train.engine import Engine
 from modellink.train.losses import IGNORED
 
 SEQUENCE, ROWS, STEPS = 16, 8, 3
+VOCABULARY = 45  # padded to 64: the last of four tensor ranks holds padding alone
 
 LLAMA: dict[str, Any] = {
     "num_layers": 4, "hidden_size": 32, "num_attention_heads": 8, "num_key_value_heads": 4, "ffn_hidden_size": 48,
-    "padded_vocab_size": 64, "max_position_embeddings": 32, "normalization": "RMSNorm", "activation": "silu",
+    "vocab_size": VOCABULARY, "padded_vocab_size": 64, "max_position_embeddings": 32, "normalization": "RMSNorm", "activation": "silu",
     "gated_mlp": True, "qkv_bias": False, "attention_output_bias": False, "mlp_bias": False,
     "tie_word_embeddings": False, "position_embedding": "rope", "attention_dropout": 0.0, "hidden_dropout": 0.0,
     "init_std": 0.1,
@@ -53,7 +54,7 @@ def batches(seed: int = 0) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     out = []
     for _ in range(STEPS):
-        text = torch.randint(0, 64, (ROWS, SEQUENCE + 1), generator=generator)
+        text = torch.randint(0, VOCABULARY, (ROWS, SEQUENCE + 1), generator=generator)
         labels = text[:, 1:].clone()
         for row in range(ROWS):
             labels[row, : row % 5] = IGNORED
