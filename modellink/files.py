@@ -1,8 +1,7 @@
 """Files that are either the old version or the new one, never half of each.
 
 Everything ModelLink writes goes through a temporary file in the target's own folder, an fsync and a rename, so a
-process that
-dies at any moment leaves the previous file in place.
+process that dies at any moment leaves the previous file in place.
 """
 
 from __future__ import annotations

@@ -5,11 +5,10 @@ as raw bytes in the dtype of the output file, so a document is one join. What ma
 is where words are cut, and it is done only for tokenizers whose own description (tokenizer.json) proves the cuts:
 
 * SentencePiece style (Llama 2): the tokenizer sees a whole text as one word. Cutting between two characters changes
-nothing
-  when no merge joins a symbol that ends with the first to one that begins with the second. The merge table says which
-  characters can be joined at all; runs of those (a space mark only at the start) are the words, all others stand alone.
-* Byte level (GPT-2, Qwen): words are what the tokenizer's own regular expression matches. Its character classes are
-  translated for ASCII, so texts with other characters go to the Rust tokenizer whole.
+nothing when no merge joins a symbol that ends with the first to one that begins with the second. The merge table says
+which characters can be joined at all; runs of those (a space mark only at the start) are the words, all others stand
+alone. * Byte level (GPT-2, Qwen): words are what the tokenizer's own regular expression matches. Its character classes
+are translated for ASCII, so texts with other characters go to the Rust tokenizer whole.
 
 The same goes for texts that contain one of the tokenizer's added tokens. Tokenizers of any other build are not touched.
 """

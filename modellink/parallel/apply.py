@@ -71,10 +71,9 @@ class ParallelModel:
 def apply_data_parallel(model: Decoder, topology: Topology, compute_dtype: torch.dtype) -> None:
     """Wrap each layer and the rest with FSDP2 over the data axes; gradients are summed in fp32, not averaged.
 
-    Parameters stay as they are (fp32 masters under mixed precision), layers compute in `compute_dtype`.
-    ZeRO-0 is sharding over one rank and replication over the others; 1 and 2 keep gathered weights until backward is
-    over;
-    3 drops them after forward.
+    Parameters stay as they are (fp32 masters under mixed precision), layers compute in `compute_dtype`. ZeRO-0 is
+    sharding over one rank and replication over the others; 1 and 2 keep gathered weights until backward is over; 3
+    drops them after forward.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = topology.mesh["dp_replicate", "dp_shard"]

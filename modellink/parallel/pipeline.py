@@ -1,8 +1,7 @@
 """Pipeline parallelism: which layers a rank holds, and torch's schedules over them.
 
 Layer placement follows Megatron: even stages hold L / PP consecutive layers; an uneven list gives prefix sums;
-interleaved chunk c
-of stage p holds the layers from c * (L / V) + p * n on, n layers each, V chunks per rank.
+interleaved chunk c of stage p holds the layers from c * (L / V) + p * n on, n layers each, V chunks per rank.
 """
 
 from __future__ import annotations

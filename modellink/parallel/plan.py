@@ -1,10 +1,8 @@
 """The plan: module-name pattern -> kind, and kind -> placement of its parameters. Data, and the only place it is said.
 
 Training, inference, weight loading and the planner all read this one table, so none of them can disagree. A new family
-needs a new
-row only if it brings a new module. Source of the scheme: Shoeybi et al. (arXiv:1909.08053), sequence parallelism
-Korthikanti et al.
-(arXiv:2205.05198).
+needs a new row only if it brings a new module. Source of the scheme: Shoeybi et al. (arXiv:1909.08053), sequence
+parallelism Korthikanti et al. (arXiv:2205.05198).
 
     column         rows of the matrix are split; the input is whole, the output is a shard of the features
     row            columns are split; the input is a shard of the features, partial sums are reduced

@@ -1,8 +1,7 @@
 """From a full tensor to the piece this rank holds, without communication.
 
 Initial weights and files hold full tensors; a rank cuts its own piece out of them. Slicing before reading matters for
-files, so a
-piece is described first (`local_region`) and cut second.
+files, so a piece is described first (`local_region`) and cut second.
 """
 
 from __future__ import annotations

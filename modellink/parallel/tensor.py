@@ -69,8 +69,7 @@ def own_random_stream(rank: int) -> Callable[[], AbstractContextManager[object]]
     """Region in which each tensor rank draws differently.
 
     The seed of the region comes from the common stream, so a recomputed forward pass, which restores that stream, draws
-    the
-    same numbers again, and the common stream stays common.
+    the same numbers again, and the common stream stays common.
     """
 
     @contextlib.contextmanager

@@ -1,8 +1,7 @@
 """One optimizer step, at any layout: forward and backward over micro-batches, reduction, clipping, update.
 
 The engine promises that loss, gradients and weights after a step are those of one process on the whole batch: losses
-are sums
-over tokens divided by the token count of the *global* batch before backward, and every reduction is a sum.
+are sums over tokens divided by the token count of the *global* batch before backward, and every reduction is a sum.
 """
 
 from __future__ import annotations

@@ -1,12 +1,10 @@
 """What a checkpoint of a run holds, and how it comes back at any layout.
 
 Weights are stored as their exact fp32 masters under ``model.NAME``, whatever form the run keeps them in (fp32
-parameters, separate
-masters, split masters, FSDP shards), optimizer states as ``optimizer.STATE.NAME``. So a file knows no layout and no
-precision
-mode: each run reads it into its own. Everything small (sample counts, schedule, loss scale) is JSON; random states are
-per rank
-and come back only at the same layout, where they make a resumed run bitwise that of an uninterrupted one.
+parameters, separate masters, split masters, FSDP shards), optimizer states as ``optimizer.STATE.NAME``. So a file knows
+no layout and no precision mode: each run reads it into its own. Everything small (sample counts, schedule, loss scale)
+is JSON; random states are per rank and come back only at the same layout, where they make a resumed run bitwise that of
+an uninterrupted one.
 """
 
 from __future__ import annotations
