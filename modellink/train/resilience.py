@@ -230,7 +230,12 @@ class PeerWatch:
     def _terminated(self, number: int, _: FrameType | None) -> None:
         if self._leaving:
             return
-        if not any(self._fault(rank) for rank in self._neighbours):
+        died = False
+        with contextlib.suppress(RuntimeError):  # without a store nobody can be found dead
+            died = any(self._fault(rank) and not self._was_stopped(rank) for rank in self._neighbours)
+            if not died:
+                self.store.set(f"stopped/{self.rank}", str(self._iteration))
+        if not died:  # the whole run is asked to stop: what SIGTERM does where nobody handles it
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
@@ -310,11 +315,16 @@ class PeerWatch:
         if self.store.check([f"failed/{rank}"]):
             at, _, reason = self.store.get(f"failed/{rank}").decode().partition(" ")
             return f"rank {rank} failed in iteration {at} ({reason})"
+        if self._was_stopped(rank):
+            return f"rank {rank} was stopped by SIGTERM in iteration {self.store.get(f'stopped/{rank}').decode()}"
         if self.store.check([f"place/{rank}"]):
             pid, _, host = self.store.get(f"place/{rank}").decode().partition(" ")
             if host == self._host and not _is_alive(int(pid)):
                 return f"rank {rank} (process {pid} on {host}) died in iteration {self._done(rank) + 1}"
         return None
+
+    def _was_stopped(self, rank: int) -> bool:
+        return self.store.check([f"stopped/{rank}"])
 
     def _done(self, rank: int) -> int:
         return int(self.store.get(f"done/{rank}")) if self.store.check([f"done/{rank}"]) else -1

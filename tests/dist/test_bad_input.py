@@ -432,8 +432,8 @@ def test_a_survivor_that_hangs_is_ended(capfd: pytest.CaptureFixture[str]) -> No
     assert re.search(r"\[rank 0\] modellink: error: rank 1 \(process \d+ on .*\) died in iteration 4;", said)
 
 
-@pytest.mark.parametrize("peer_is_dead", [True, False])
-def test_sigterm_is_answered_only_where_a_peer_is_dead(monkeypatch: pytest.MonkeyPatch, peer_is_dead: bool) -> None:
+@pytest.mark.parametrize("peer", ["died", "lives", "was stopped"])
+def test_sigterm_is_answered_only_where_a_peer_died(monkeypatch: pytest.MonkeyPatch, peer: str) -> None:
     """torchrun ends survivors so soon that their collective may not have failed yet."""
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -441,12 +441,14 @@ def test_sigterm_is_answered_only_where_a_peer_is_dead(monkeypatch: pytest.Monke
     watch = PeerWatch(store, 0, 2, patience_s=0.1)
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    peer = gone.pid if peer_is_dead else os.getpid()
-    dist.PrefixStore("modellink/watch", store).set("place/1", f"{peer} {socket.gethostname()}")
+    peers = dist.PrefixStore("modellink/watch", store)
+    peers.set("place/1", f"{os.getpid() if peer == 'lives' else gone.pid} {socket.gethostname()}")
+    if peer == "was stopped":
+        peers.set("stopped/1", "3")  # torchrun was asked to end the run: that is no fault of rank 1
     asked: list[int] = []
     before = signal.getsignal(signal.SIGTERM)
     try:
-        if peer_is_dead:
+        if peer == "died":
             with pytest.raises(RunFailure, match=r"rank 1 .* died in iteration 0"), watch.iteration(3):
                 signal.raise_signal(signal.SIGTERM)
             assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN, "the sentence would be cut short"
@@ -454,6 +456,6 @@ def test_sigterm_is_answered_only_where_a_peer_is_dead(monkeypatch: pytest.Monke
             monkeypatch.setattr(os, "kill", lambda pid, number: asked.append(number) if number else None)
             with watch.iteration(3):
                 signal.raise_signal(signal.SIGTERM)
-            assert asked == [signal.SIGTERM]
+            assert asked == [signal.SIGTERM] and peers.check(["stopped/0"])
     finally:
         signal.signal(signal.SIGTERM, before)
