@@ -57,8 +57,13 @@ test: lint  ## lint, types and the fast test suite
 test-all: lint  ## the same with the slow tests
 	$(PYTEST) $(ARGS)
 
-bench: $(VENV)/.installed-test  ## run the benchmarks; results land in benchmarks/results
-	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+bench: $(VENV)/.installed-test  ## run the benchmarks on Python's documentation; results land in benchmarks/results
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+	$(BIN)/python -m modellink.data.python_docs "$$folder" --questions 1 && \
+	$(BIN)/python -m modellink.data.train_tokenizer --input "$$folder/corpus.jsonl" --output "$$folder/tokenizer" && \
+	$(BIN)/python benchmarks/preprocess.py --input "$$folder/corpus.jsonl" --tokenizer "$$folder/tokenizer" \
+		--output "benchmarks/results/$$(date -u +%F)-preprocess-python-docs.md"
+	$(BIN)/python benchmarks/train.py
 
 clean:  ## remove the virtual environment, caches and build output
 	rm -rf $(VENV) build dist quickstart *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -9,7 +9,8 @@
 All three start from one Hugging Face folder and read the same samples, and the benchmark fails when their last losses
 disagree, so they do the same work. Every run is a process of its own, and rounds are interleaved (one run of each, then
 again), so that a busy machine hurts all alike; "times bare" is the median over rounds of the ratio inside a round. The
-clock is the parent's: from the line a program prints after its last warm-up step to that after its last step.
+clock is the parent's: from the line a program prints after its last warm-up step to that after its last step. The
+processor time of all threads between the two is given too; with --threads 1 other programs hardly disturb it.
 
 Memory is the peak at the last step: resident size on CPU, allocated bytes on an accelerator. On CPU the model is a tiny
 Llama in float32. On an accelerator it has the shape of Llama-3.2-1B, and weights in bfloat16; the bare loops then have
@@ -37,6 +38,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ("ours", "bare", "transformers")
 LR, BETAS, EPS, DECAY, CLIP, SEED = 3e-4, (0.9, 0.95), 1e-8, 0.1, 1.0, 1234
@@ -53,7 +56,11 @@ class Job:
     global_batch: int
     warmup: int
     steps: int
-    folder: str  # holds hf/, text.bin and text.idx
+    folder: str  # holds hf/ and the data
+
+    @property
+    def data(self) -> str:
+        return f"{self.folder}/docs_text_document"
 
     @property
     def samples(self) -> int:
@@ -87,25 +94,20 @@ def prepare(work: Job) -> None:
     """Initial weights as a Hugging Face folder, and Python's documentation as token ids."""
     import torch
     import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    from modellink.data.indexed import IndexedDatasetWriter, best_dtype
+    from modellink.config.preprocess_schema import PreprocessConfig
+    from modellink.data.preprocess import preprocess
     from modellink.data.python_docs import write_corpus
+    from modellink.data.train_tokenizer import train_tokenizer
 
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(SEED)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**work.shape))
     model.to(getattr(torch, work.dtype)).save_pretrained(Path(work.folder) / "hf")
-    corpus = Path(work.folder) / "corpus.jsonl"
+    corpus, tokenizer = f"{work.folder}/corpus.jsonl", f"{work.folder}/tokenizer"
     write_corpus(corpus)
-    texts = [json.loads(line)["text"] for line in corpus.read_text(encoding="utf-8").splitlines()]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    vocabulary = min(8192, work.shape["vocab_size"])  # larger ones learn nothing more from a few megabytes
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocabulary, show_progress=False))
-    with IndexedDatasetWriter(f"{work.folder}/text", best_dtype(work.shape["vocab_size"])) as writer:
-        for encoding in tokenizer.encode_batch(texts):
-            writer.add_document(encoding.ids)
+    train_tokenizer(corpus, tokenizer, min(8192, work.shape["vocab_size"]))
+    preprocess(PreprocessConfig(corpus, f"{work.folder}/docs", tokenizer_name_or_path=tokenizer, append_eod=True))
 
 
 def batches(work: Job) -> Iterator[tuple[Any, Any]]:
@@ -116,9 +118,7 @@ def batches(work: Job) -> Iterator[tuple[Any, Any]]:
     from modellink import device
     from modellink.data.gpt import GPTDataset
 
-    data, _, _ = GPTDataset.build(
-        f"{work.folder}/text", work.sequence, SEED, "100,0,0", [work.samples, None, None], cache=False
-    )
+    data, _, _ = GPTDataset.build(work.data, work.sequence, SEED, "100,0,0", [work.samples, None, None], cache=False)
     assert data is not None
     text = torch.from_numpy(np.stack([data.text(i) for i in range(work.samples)])).to(device.current_device())
     for rows in text.split(work.micro_batch):
@@ -186,7 +186,7 @@ def bare_loop(work: Job, name: str) -> None:
 
 def our_flags(work: Job, save: str) -> list[str]:
     flags = f"""
-    --load {work.folder}/hf --data-path {work.folder}/text --data-cache-path {work.folder}/cache --save {save}
+    --load {work.folder}/hf --data-path {work.data} --data-cache-path {work.folder}/cache --save {save}
     --split 100,0,0 --seed {SEED} --seq-length {work.sequence} --eval-iters 0 --log-interval 1
     --micro-batch-size {work.micro_batch} --global-batch-size {work.global_batch}
     --train-iters {work.warmup + work.steps} --lr {LR} --lr-decay-style constant --weight-decay {DECAY}
@@ -222,6 +222,12 @@ def wait_for(process: subprocess.Popen[str], pattern: str) -> str:
     raise EOFError(pattern)
 
 
+def cpu_seconds(process: subprocess.Popen[str]) -> float:
+    """Processor time of all threads so far."""
+    times = psutil.Process(process.pid).cpu_times()
+    return times.user + times.system
+
+
 def measure(name: str, work: Job, threads: int) -> dict[str, float]:
     """Run one program once: tokens per second, seconds per step, peak bytes, last loss."""
     warm, done = ("^warm", r"^\{")
@@ -230,16 +236,17 @@ def measure(name: str, work: Job, threads: int) -> dict[str, float]:
             warm, done = (rf"iteration +{number}/" for number in (work.warmup, work.warmup + work.steps))
         with program(name, work, threads, save) as process:
             wait_for(process, warm)
-            start = perf_counter()
+            start, worked = perf_counter(), cpu_seconds(process)
             last = wait_for(process, done)
-            seconds = perf_counter() - start
+            seconds, worked = perf_counter() - start, cpu_seconds(process) - worked
         if name == "ours":
             entry = json.loads((Path(save) / "metrics.jsonl").read_text().splitlines()[-1])
             result = {"loss": entry["lm_loss"], "peak": entry["memory_gib"] * 2**30}
         else:
             result = json.loads(last)
     tokens = work.steps * work.global_batch * work.sequence
-    return {"tokens_per_second": tokens / seconds, "step_ms": seconds / work.steps * 1e3, **result}
+    times = {"step_ms": seconds / work.steps * 1e3, "cpu_ms": worked / work.steps * 1e3}
+    return {"tokens_per_second": tokens / seconds, **times, **result}
 
 
 def check_losses(found: dict[str, list[dict[str, float]]], tolerance: float) -> None:
@@ -261,6 +268,7 @@ def summary(found: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
                 "lowest": min(speeds),
                 "highest": max(speeds),
                 "step_ms": statistics.median(run["step_ms"] for run in runs),
+                "cpu_ms": statistics.median(run["cpu_ms"] for run in runs),
                 "times_bare": statistics.median(ratios),
                 "peak_mib": statistics.median(run["peak"] for run in runs) / 2**20,
                 "last_loss": runs[-1]["loss"],
@@ -274,12 +282,20 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
     from rich.table import Table
 
     table = Table(title=title)
-    for column in ("program", "tokens/s, median", "lowest to highest", "ms a step", "times bare", "peak memory"):
+    for column in (
+        "program",
+        "tokens/s, median",
+        "lowest to highest",
+        "times bare",
+        "ms a step",
+        "of processors",
+        "peak memory",
+    ):
         table.add_column(column, justify="left" if column == "program" else "right", no_wrap=True)
     for row in rows:
         spread = f"{row['lowest']:,.0f} to {row['highest']:,.0f}"
-        cells = [f"{row['tokens_per_second']:,.0f}", spread, f"{row['step_ms']:.1f}", f"{row['times_bare']:.3f}"]
-        table.add_row(row["program"], *cells, f"{row['peak_mib']:,.0f} MiB")
+        cells = [f"{row['tokens_per_second']:,.0f}", spread, f"{row['times_bare']:.3f}", f"{row['step_ms']:,.1f}"]
+        table.add_row(row["program"], *cells, f"{row['cpu_ms']:,.1f}", f"{row['peak_mib']:,.0f} MiB")
     Console(width=110).print(table)
 
 
