@@ -118,8 +118,6 @@ class _Layout:
         gathered = held
         if self.zero == 3 and self.stages == 1:
             gathered = outer + 2 * layer  # the layer at work and the one that is fetched ahead
-        if self.shards == 1 and self.item == 4:
-            gathered = 0
         # stage 2 and 3 reduce after each micro-batch, a pipeline and the others once a step
         waits = self.micro_batches > 1 and (self.zero < 2 or self.stages > 1)
         return 4 * shard + self.item * gathered, 4 * (held if waits else shard), moments * shard
