@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import track
 
 from modellink.checkpoint.hf import (
     copy_companions,
@@ -48,14 +49,15 @@ def hf_to_native(source: Path, target: Path) -> None:
     CheckpointStore(target, local=True).save(1, tensors, extra=extra, per_rank={}, config_text=dump_config(resolved))
 
 
-def native_to_hf(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
+def native_to_hf(source: Path, target: Path, dtype: torch.dtype | None = None, *, progress: bool = False) -> None:
     """Write a Hugging Face folder from the newest complete step (or the step folder) `source`."""
     step = source if is_native_step(source) else CheckpointStore(source, local=True).resolve()
     config = read_native(step / "modellink.yaml").resolve()
     config.padded_vocab_size = read_tensor_names(step)["model.embed_tokens.weight"].shape[0]
     config.vocab_size = config.vocab_size or config.padded_vocab_size
     names = [f"model.{name}" for name in expected_shapes(config)]
-    tensors = ((name.removeprefix("model."), tensor) for name, tensor in load_full(step, names))
+    stored = track(load_full(step, names), "Reading weights", total=len(names), disable=not progress)
+    tensors = ((name.removeprefix("model."), tensor) for name, tensor in stored)
     extras: dict[str, Any] | None = json.loads((step / EXTRA).read_text(encoding="utf-8")).get("hf_extras")
     save_hf(target, tensors, config, tokenizer_from=_tokenizer_folder(step), extras=extras, dtype=dtype)
 
@@ -108,4 +110,4 @@ def convert(
     elif to == "native":
         raise ModelLinkError(f"{source} already is native: it loads at every layout.")
     else:
-        native_to_hf(source, target, dtype)
+        native_to_hf(source, target, dtype, progress=True)

@@ -35,6 +35,7 @@ def run(argv: Sequence[str]) -> int:
     from modellink.checkpoint.convert import convert
 
     convert(config.load_dir, config.save_dir, to=target)
+    print(f"{config.save_dir}: written in the format {target}")
     return 0
 
 
