@@ -141,7 +141,7 @@ class Job:
         self.stage("text", "text", TEXT)
         corpus = self.path("text", "corpus.jsonl")
         documents = corpus.read_text(encoding="utf-8").count("\n")
-        self.result(f"Python's documentation: {documents} documents, {corpus.stat().st_size / 1e6:.1f} MB")
+        self.result(f"{documents} documents, {corpus.stat().st_size / 1e6:.1f} MB of text")
         self.stage("tokenizer", "tokenizer", TOKENIZER)
         trained = json.loads(self.path("tokenizer", "tokenizer.json").read_text(encoding="utf-8"))
         self.result(f"byte-level BPE, {len(trained['model']['vocab'])} ids")
@@ -155,14 +155,14 @@ class Job:
         self.stage("pretrain", "pretrain", f"{PRETRAIN} --exit-interval {STOP_AT}")
         metrics = _metrics(run)
         first, stopped = metrics[0]["lm_loss"], metrics[-1]
-        self.result(f"stopped at iteration {stopped['iteration']}, loss {first:.2f} -> {stopped['lm_loss']:.2f}")
+        self.result(f"iteration {stopped['iteration']}, loss {first:.2f} -> {stopped['lm_loss']:.2f}")
         self.stage("resume", "pretrain/loss.png", PRETRAIN)
         metrics = _metrics(run)
         last = _mean_loss(metrics[-20:])
         self.facts |= {"pretrain_loss_first": first, "pretrain_loss_last": last}
         if stopped["iteration"] != STOP_AT or [e["iteration"] for e in metrics] != list(range(1, len(metrics) + 1)):
             raise RunFailure(f"the run did not stop and go on at iteration {STOP_AT}: see {run}/metrics.jsonl.")
-        self.result(f"went on at iteration {STOP_AT + 1}, loss {metrics[STOP_AT]['lm_loss']:.2f} -> {last:.2f}")
+        self.result(f"iteration {len(metrics)}, loss {metrics[STOP_AT]['lm_loss']:.2f} -> {last:.2f}")
         if last > 0.7 * first:
             raise RunFailure(f"the loss fell from {first:.2f} to {last:.2f} only: see {run}/loss.png.")
 
@@ -170,13 +170,13 @@ class Job:
         """The newest checkpoint as a folder that `transformers` loads."""
         self.stage("export", "hf", EXPORT)
         size = sum(file.stat().st_size for file in self.path("hf").glob("*.safetensors"))
-        self.result(f"{size / 1e6:.1f} MB of safetensors, for `transformers` too")
+        self.result(f"Hugging Face folder, {size / 1e6:.1f} MB")
 
     def fine_tune(self) -> None:
         """Instruction data, then two data-parallel processes that start from the exported folder."""
         self.stage("SFT dataset", "data/questions_*", SFT_DATASET)
         tokens = _tokens(self.path("data", "questions_packed_input_ids_document"))
-        self.result(f"{len(self.questions())} questions with answers, {tokens:,} tokens")
+        self.result(f"{len(self.questions())} questions, {tokens:,} tokens")
         self.stage("SFT", "sft/loss.png", SFT)
         metrics = _metrics(self.path("sft"))
         self.result(f"loss {metrics[0]['lm_loss']:.2f} -> {_mean_loss(metrics[-20:]):.2f}")
@@ -205,7 +205,7 @@ class Job:
         self.stage(title, f"score-{when}", EVALUATE % (model, when))
         results = json.loads(self.path(f"score-{when}", "results.json").read_text(encoding="utf-8"))
         values = {name: figures["value"] for name, figures in results["tasks"]["python_docs"]["metrics"].items()}
-        self.result(f"right choice of four {values['acc']:.0%}, exact answer {values['exact_match']:.0%}")
+        self.result(f"right choice {values['acc']:.0%}, exact {values['exact_match']:.0%}")
         return values
 
 
