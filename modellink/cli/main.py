@@ -40,6 +40,9 @@ PROGRAMS = {
     "evaluation": "evaluate",
 }
 
+FIRST_SPEAKS_S = 10.0  # how long other ranks of a node keep silent about a configuration that all of them share
+ORDER_S = 0.5  # and about anything else, so that the line of rank 0 comes first
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code; never raises for what a user can get wrong."""
@@ -76,9 +79,10 @@ def guard(verb: str, argv: list[str]) -> int:
     except ModelLinkError as error:
         from modellink.config.load import ConfigurationError
 
-        # the ranks of a node read the same files: one of them speaks
-        if not isinstance(error, ConfigurationError) or os.environ.get("LOCAL_RANK", "0") == "0":
-            _report(str(error), debug)
+        if isinstance(error, ConfigurationError) and os.environ.get("LOCAL_RANK", "0") != "0":
+            # the ranks of a node read the same files: the first speaks, and its launcher ends the others meanwhile
+            time.sleep(FIRST_SPEAKS_S)
+        _report(str(error), debug)
         return error.exit_code
     except KeyboardInterrupt:
         _report("interrupted.", debug)
@@ -87,7 +91,7 @@ def guard(verb: str, argv: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        text = " ".join(str(error).split()) or "no message"
+        text = str(error) or "no message"
         hint = "" if debug else " (--debug shows the traceback)"
         _report(f"{verb} failed: {type(error).__name__}: {text}{hint}", debug)
         return 1
@@ -106,8 +110,8 @@ def _report(message: str, debug: bool) -> None:
     """Print one error line. Another rank than 0 waits a moment and names itself, so that rank 0's line comes first."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if rank and not debug:
-        time.sleep(0.5)
+        time.sleep(ORDER_S)
     prefix = f"[rank {rank}] " if rank and world > 1 else ""
     if debug:
         traceback.print_exc()
-    print(f"{prefix}modellink: error: {message}", file=sys.stderr, flush=True)
+    print(f"{prefix}modellink: error: {' '.join(message.split())}", file=sys.stderr, flush=True)

@@ -178,7 +178,8 @@ def other_verb_cases(folder: Path, tokenizer: Path) -> list[Case]:
     (folder / "line.jsonl").write_text('{"text": "w1 w2"}\n{"text": \n')
     (folder / "full").mkdir()
     (folder / "full" / "thesis.txt").write_text("mine")
-    pre = ["preprocess", "--tokenizer-name-or-path", str(tokenizer), "--output-prefix", f"{folder}/out", "--input"]
+    pre = ["preprocess", "--tokenizer-name-or-path", str(tokenizer)]
+    pre += ["--output-prefix", f"{folder}/out{{rank}}", "--input"]
     hf, text = str(folder / "hf"), f"{folder}/text.jsonl"
     return [
         Case("input", [*pre, f"{folder}/no.jsonl"], [f"--input {folder}/no.jsonl does not exist", "local file"]),
@@ -340,10 +341,10 @@ def what_is_wrong(case: Case, ranks: list[Any]) -> str:
     if case.code:
         first = re.findall(r"^modellink: error: (.*)$", ranks[0][1], re.MULTILINE)
         problems += [f"{len(first)} sentences by rank 0"] if len(first) != 1 else []
+        problems += ["more than the sentence"] if first and not ranks[0][1].endswith(f"{first[-1]}\n") else []
         for rank, (_, errors, _) in enumerate(ranks[1:], 1):
-            # ranks of one host that read the same files leave the speaking to the first; else they say the same
             said = re.findall(rf"^\[rank {rank}\] modellink: error: (.*)$", errors, re.MULTILINE)
-            problems += [f"rank {rank} says {said}"] if said and said != first else []
+            problems += [f"rank {rank} says {said}"] if said != first else []
     return f"--- {case.name}: {'; '.join(problems)}\n{text}" if problems else ""
 
 

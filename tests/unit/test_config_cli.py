@@ -97,10 +97,18 @@ def test_another_rank_names_itself(capsys: pytest.CaptureFixture[str], monkeypat
 def test_one_process_of_a_node_reports_a_bad_configuration(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    silent: list[float] = []
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
+    # the launcher ends this process while it waits
+    monkeypatch.setattr(cli.time, "sleep", lambda s: silent.append(s) or capsys.readouterr().err == "" or pytest.fail())
     assert cli.main(["train", "--num-layers", "x"]) == 2
-    assert capsys.readouterr().err == ""
+    assert silent[0] == cli.FIRST_SPEAKS_S >= 10
+    # unless it found what the first rank did not
+    assert "modellink: error: " in capsys.readouterr().err
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert cli.main(["train", "--num-layers", "x"]) == 2
+    assert cli.FIRST_SPEAKS_S not in silent[2:]
 
 
 def test_models_table(capsys: pytest.CaptureFixture[str]) -> None:
