@@ -55,26 +55,29 @@ def split_make(script: str) -> tuple[list[str], str]:
 RUNNABLE = [block for block in blocks(README) if block.language in ("bash", "python")]
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty folder with the six programs in it, as at the top of a checkout."""
-    folder = tmp_path_factory.mktemp("readme")
-    for program in PROGRAMS:
-        (folder / program.name).symlink_to(program)
-    return folder
-
-
-@pytest.mark.xdist_group("readme")
-@pytest.mark.parametrize("block", RUNNABLE, ids=lambda block: f"line{block.line}")
-def test_block_runs(block: Block, world: Path) -> None:
+def run(block: Block, folder: Path) -> None:
+    """Run one block as a user would, in `folder`; `make` lines are only looked up in the Makefile."""
     targets, script = split_make(block.text) if block.language == "bash" else ([], block.text)
     assert set(targets) <= make_targets()
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     shell = [sys.executable, "-c"] if block.language == "python" else ["bash", "-euo", "pipefail", "-c"]
     environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*shell, script], cwd=world, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*shell, script], cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"README.md line {block.line}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-    assert targets or done.stdout
+    assert targets or done.stdout, f"README.md line {block.line} printed nothing"
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(1200)
+def test_the_blocks_run_in_order(tmp_path: Path) -> None:
+    """One test, because each block stands on the ones before; the folder is like the top of a checkout."""
+    for program in PROGRAMS:
+        (tmp_path / program.name).symlink_to(program)
+    for block in RUNNABLE:
+        run(block, tmp_path)
+    # what the README says lies there
+    assert (tmp_path / "runs/docs/loss.png").is_file() and (tmp_path / "results/results.json").is_file()
+    assert (tmp_path / "runs/docs/metrics.jsonl").read_text().count("\n") == 40
 
 
 def test_every_block_is_run_or_is_output() -> None:
