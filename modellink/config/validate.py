@@ -206,6 +206,11 @@ def _layout(resolved: ResolvedConfig) -> None:
             "not divisible by "
             f"{_given(resolved, 'parallel.tensor_parallel')}: change one or leave out --sequence-parallel."
         )
+    if parallel.compile and tensor > 1:
+        raise ModelLinkError(
+            f"--compile and {_given(resolved, 'parallel.tensor_parallel')} exclude each other: torch.compile loses the "
+            "layout of tensors that pass between compiled layers; leave one out, --zero-stage 3 shards weights too."
+        )
     if parallel.distributed_optimizer and parallel.zero_stage == 0:
         sharded = flag_of("parallel.distributed_optimizer")
         raise ModelLinkError(f"--zero-stage 0 contradicts {sharded}, which is stage 1: leave one out.")

@@ -94,12 +94,12 @@ class AttentionCore(nn.Module):
 
     def forward(self, q_BHSK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask: AttentionMask) -> Tensor:
         """Returns [B, H, S, K] in the dtype of q."""
-        probability = self.dropout.p if self.training else 0.0
+        probability = self.dropout.probability
         scale = self.scale
         if self.divisor != 1:  # smaller products in fp16; the kernels multiply back in fp32
             q_BHSK, scale = q_BHSK / self.divisor, scale * self.divisor
         trivial = mask.is_trivial(self.window) and not self.alibi and self.softcap is None
-        with self.dropout.region():
+        with self.dropout.stream():
             if trivial:
                 return F.scaled_dot_product_attention(
                     q_BHSK,

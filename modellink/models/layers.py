@@ -69,10 +69,19 @@ class Dropout(nn.Module):
         self.p = p
         self.region: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
 
+    @property
+    def probability(self) -> float:
+        """Share of values dropped now: 0 outside training."""
+        return self.p if self.training else 0.0
+
+    def stream(self) -> AbstractContextManager[object]:
+        """The region to draw in; nothing to enter while nothing is drawn."""
+        return self.region() if self.probability else contextlib.nullcontext()
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.p == 0.0 or not self.training:
+        if self.probability == 0.0:
             return x
-        with self.region():
+        with self.stream():
             return F.dropout(x, self.p)
 
 

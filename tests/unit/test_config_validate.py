@@ -62,6 +62,7 @@ def error(monkeypatch: pytest.MonkeyPatch, argv: list[str], world: int = 1, prog
         (["--context-parallel-size", "2"], 2, ["--context-parallel-size 2", "not built yet"]),
         (["--expert-model-parallel-size", "2"], 2, ["--expert-model-parallel-size 2", "not built yet"]),
         (["--recompute-granularity", "selective", "--recompute-method", "block"], 1, ["--recompute-method"]),
+        (["--compile", "--tensor-model-parallel-size", "2"], 2, ["--compile", "--tensor-model-parallel-size 2"]),
         (["--min-lr", "1"], 1, ["--min-lr 1.0", "--lr 0.001"]),
         (["--lr-warmup-iters", "2", "--lr-warmup-fraction", "0.1"], 1, ["--lr-warmup-iters", "--lr-warmup-fraction"]),
         (["--lr-warmup-iters", "5"], 1, ["--lr-warmup-iters 5", "4 iterations"]),
