@@ -298,6 +298,7 @@ def _is_ours(folder: Path) -> bool:
 def _publish(temporary: Path, target: Path) -> None:
     """Make the finished folder durable and give it its name; an older one steps aside and is removed afterwards."""
     for file in temporary.iterdir():
+        file.chmod(0o644)  # safetensors writes files that only their owner may read
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
     fsync_directory(temporary)

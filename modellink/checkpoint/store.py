@@ -413,6 +413,13 @@ class CheckpointStore:
         unexpected = self._names_nobody_wants(wanted, stored) if strict else []
         together(self._group, lambda: _check_fit(path, wanted, stored, unexpected, strict))
         read_shards(path, {name: tensor for name, tensor in wanted.items() if name in stored}, self._group)
+        return self._extra_of(path)
+
+    def read_extra(self, step: int | None = None) -> dict[str, Any]:
+        """Return the `extra` of `step` (None: the newest) without reading any tensor."""
+        return self._extra_of(self.resolve(step, verify=False))
+
+    def _extra_of(self, path: Path) -> dict[str, Any]:
         return together(self._group, lambda: json.loads((path / EXTRA).read_text()))
 
     def load_per_rank(self, rank: int, step: int | None = None) -> dict[str, torch.Tensor]:

@@ -60,10 +60,14 @@ def save_state(
     progress: Progress,
     config: CheckpointConfig,
     config_text: str,
+    hf_extras: dict[str, Any],
 ) -> None:
-    """Write one step: weights, and what `config` allows of optimizer and random states."""
+    """Write one step: weights, and what `config` allows of optimizer and random states.
+
+    `hf_extras` are keys of a config.json that no option holds (token ids, ...), for a later export.
+    """
     tensors = {f"model.{name}": tensor for name, tensor in engine.optimizer.master_state().items()}
-    extra: dict[str, Any] = {"progress": asdict(progress), "layout": _layout(engine)}
+    extra: dict[str, Any] = {"progress": asdict(progress), "layout": _layout(engine), "hf_extras": hf_extras}
     if config.save_optimizer:
         states: dict[str, Any] = dict(engine.optimizer.state_dict())
         extra["optimizer_step"] = states.pop("step")

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from modellink import device
 from modellink.checkpoint.agree import on_first, together
 from modellink.checkpoint.export import check_export, export_step
-from modellink.checkpoint.hf import is_hf_folder, load_hf
+from modellink.checkpoint.hf import is_hf_folder, load_hf, read_extras
 from modellink.checkpoint.store import CheckpointStore
 from modellink.config.load import dump_config
 from modellink.config.resolved import ResolvedConfig
@@ -91,6 +91,7 @@ class Trainer:
         self.tokenizer = together(self.host_group, lambda: open_tokenizer(resolved))
         self.source, self.store_in = self._find_source()
         self._take_stored_vocabulary()
+        self.hf_extras = self._hf_extras()
         self.progress = Progress()
         self.memory_reported = False
         self.engine = self._build_engine()
@@ -316,12 +317,25 @@ class Trainer:
             return
         text = dump_config(self.resolved)
         options = self.config.checkpoint
-        save_state(self.store_out, self.engine, self.schedule, self.progress, options, text)
+        save_state(self.store_out, self.engine, self.schedule, self.progress, options, text, self.hf_extras)
         self.saved_iteration = self.progress.iteration
         self._print(f"saved checkpoint at iteration {self.progress.iteration} to {options.save}")
         if self._is_logging_rank:
             metrics = Path(options.save or ".") / "metrics.jsonl"
             draw_loss(metrics, metrics.with_name("loss.png"), sequence_length=self.config.data.seq_length)
+
+    def _hf_extras(self) -> dict[str, Any]:
+        """What an export's config.json says beyond the architecture: the source's keys, else the tokenizer's ids."""
+        if self.store_in is not None:
+            stored = self.store_in.read_extra(self.config.checkpoint.ckpt_step).get("hf_extras")
+            if stored:
+                return dict(stored)
+        elif self.source is not None:
+            return together(self.host_group, lambda: read_extras(self.source or "."))
+        if self.tokenizer is None:
+            return {}
+        ids = {"bos_token_id": self.tokenizer.bos, "eos_token_id": self.tokenizer.eod}
+        return {**ids, "pad_token_id": self.tokenizer.pad}
 
     def _export(self) -> None:
         options, store = self.config.checkpoint, self.store_out
