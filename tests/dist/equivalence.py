@@ -1,8 +1,7 @@
-"""Train a tiny model a few steps at some layout and bring home losses, gradients and weights under their canonical names."""
+"""Train a tiny model a few steps at some layout and bring home losses, gradients and weights by canonical name."""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -21,7 +20,8 @@ VOCABULARY = 45  # padded to 64: the last of four tensor ranks holds padding alo
 
 LLAMA: dict[str, Any] = {
     "num_layers": 4, "hidden_size": 32, "num_attention_heads": 8, "num_key_value_heads": 4, "ffn_hidden_size": 48,
-    "vocab_size": VOCABULARY, "padded_vocab_size": 64, "max_position_embeddings": 32, "normalization": "RMSNorm", "activation": "silu",
+    "vocab_size": VOCABULARY, "padded_vocab_size": 64, "max_position_embeddings": 32,
+    "normalization": "RMSNorm", "activation": "silu",
     "gated_mlp": True, "qkv_bias": False, "attention_output_bias": False, "mlp_bias": False,
     "tie_word_embeddings": False, "position_embedding": "rope", "attention_dropout": 0.0, "hidden_dropout": 0.0,
     "init_std": 0.1,
@@ -77,7 +77,7 @@ def train(model: str, parallel: dict[str, Any], micro_batch: int = 1, **optimize
     config = Config(
         model=ModelConfig(**MODELS[model]).resolve(),
         parallel=ParallelConfig(**parallel),
-        optimizer=dataclasses.replace(OptimizerConfig(lr=1e-3, weight_decay=0.1, clip_grad=0.5, adam_eps=1e-5), **optimizer),
+        optimizer=OptimizerConfig(**{"lr": 1e-3, "weight_decay": 0.1, "clip_grad": 0.5, "adam_eps": 1e-5} | optimizer),
     )
     topology = Topology(config.parallel)
     dtype = getattr(torch, config.optimizer.dtype)

@@ -1,7 +1,7 @@
 """Every layout trains like one process: loss, every gradient of every step, every updated weight, in fp32.
 
-One spawn per world size runs all its cases. Adam's epsilon is raised to 1e-5: at 1e-8 it turns gradients that are zero up to
-rounding (a key bias without rotation) into full steps of random sign, in any program.
+One spawn per world size runs all its cases. Adam's epsilon is raised to 1e-5: at 1e-8 it turns gradients that are zero
+up to rounding (a key bias without rotation) into full steps of random sign, in any program.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`--sanity-checks` notices one replica that differs in one bit, and names it; what is meant to differ does not disturb."""
+"""`--sanity-checks` notices one replica that differs in one bit and names it; what is meant to differ may."""
 
 from __future__ import annotations
 

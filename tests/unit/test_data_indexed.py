@@ -137,6 +137,7 @@ def test_check_vocabulary_names_the_id(tmp_path: Path) -> None:
     check_vocabulary([None, dataset], 42)
     with pytest.raises(ModelLinkError, match=r"disagrees with the data.*d\.bin holds token id 41.*41 entries"):
         check_vocabulary([dataset], 41)
+
     # inside a blend, and in one of the blocks that a large file is sampled at
     class Blend:
         datasets = [None, dataset]
