@@ -1,4 +1,4 @@
-"""Megatron's own training run, flag for flag, through `pretrain_gpt.py`: the loss of every iteration, at five layouts."""
+"""Megatron's own training run, flag for flag, through `pretrain_gpt.py`: every iteration's loss, at five layouts."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 FLAGS = """
---num-layers 2 --hidden-size 64 --num-attention-heads 4 --group-query-attention --num-query-groups 2 --ffn-hidden-size 96
---seq-length 128 --max-position-embeddings 128 --normalization RMSNorm --norm-epsilon 1e-5 --swiglu --disable-bias-linear
---position-embedding-type rope --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
---micro-batch-size 4 --global-batch-size 8 --train-iters 20 --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine
---lr-warmup-iters 2 --weight-decay 0.01 --clip-grad 1.0 --adam-beta2 0.95 --split 949,50,1 --seed 1234 --finetune
---log-interval 20 --eval-iters 0
+--num-layers 2 --hidden-size 64 --num-attention-heads 4 --group-query-attention --num-query-groups 2 --ffn-hidden-size
+96 --seq-length 128 --max-position-embeddings 128 --normalization RMSNorm --norm-epsilon 1e-5 --swiglu
+--disable-bias-linear --position-embedding-type rope --untie-embeddings-and-output-weights --attention-dropout 0
+--hidden-dropout 0 --micro-batch-size 4 --global-batch-size 8 --train-iters 20 --lr 1e-3 --min-lr 1e-4
+--lr-decay-style cosine --lr-warmup-iters 2 --weight-decay 0.01 --clip-grad 1.0 --adam-beta2 0.95 --split 949,50,1
+--seed 1234 --finetune --log-interval 20 --eval-iters 0
 """.split()
 LAYOUTS = {
     "tp1": (1, []),
