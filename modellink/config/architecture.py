@@ -174,7 +174,7 @@ def _equal(name: str, value: Any, stated: Any, mine: ModelConfig, theirs: ModelC
     if name == "window_layers" and mine.num_layers and mine.num_layers == theirs.num_layers:
         layers = range(mine.num_layers)
         return [mine.layer_has_window(i) for i in layers] == [theirs.layer_has_window(i) for i in layers]
-    if name == "query_scale":
+    if name == "query_scale" and not (value is None and stated is None):  # both derived: heads are compared themselves
         value, stated = value or mine.head_dim, stated or theirs.head_dim
     if (isinstance(value, float) and isinstance(stated, float | int)) or (
         isinstance(stated, float) and isinstance(value, int)

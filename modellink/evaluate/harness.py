@@ -227,6 +227,20 @@ def report(outcomes: Sequence[Outcome]) -> Table:
     return table
 
 
+def _assign_paths(tasks: Sequence[Task], data_paths: Sequence[str]) -> dict[str, str]:
+    """Task name -> the folder or file with its data."""
+    assigned = {}
+    for path in map(str, data_paths):
+        names = [task.name for task in tasks if task.name in path] or [task.name for task in tasks if len(tasks) == 1]
+        if not names:
+            raise ModelLinkError(
+                f"--task-data-path {path} belongs to none of the tasks {', '.join(task.name for task in tasks)}: a "
+                "path of several must contain its task's name."
+            )
+        assigned |= dict.fromkeys(names, path)
+    return assigned
+
+
 def evaluate(
     model: GPTModel,
     tasks: Sequence[str],
@@ -243,20 +257,21 @@ def evaluate(
     """Run `tasks` (names) and return the content of results.json; write it and samples.jsonl to `save_dir` when
     given.
 
-    A task's data is the last of `data_paths` whose path contains its name, else what comes with the package. Unknown
-    names raise ModelLinkError with the nearest ones before anything runs.
+    A task's data is the last of `data_paths` whose path contains its name (a single task takes any path), else what
+    comes with the package. Unknown names, with the nearest ones, and paths of no task raise ModelLinkError before
+    anything runs.
     """
     known = builtin_tasks()
     rows = [known.get(name) for name in tasks]
     if not rows:
         raise ModelLinkError(f"no task was named: give --task with one or more of {', '.join(known.names())}.")
+    paths = _assign_paths(rows, data_paths)
     console = console or Console(quiet=True)
     outcomes = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         for task in rows:
-            path = next((p for p in reversed(data_paths) if task.name in str(p)), None)
-            outcomes.append(run_task(model, task, style or Format(), path, batch_size, limit, progress))
+            outcomes.append(run_task(model, task, style or Format(), paths.get(task.name), batch_size, limit, progress))
     console.print(report(outcomes))
     results = {
         "model": model_path,

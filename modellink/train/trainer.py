@@ -17,7 +17,7 @@ from modellink import device
 from modellink.checkpoint.agree import on_first, together
 from modellink.checkpoint.export import check_export, export_step
 from modellink.checkpoint.hf import is_hf_folder, load_hf, read_extras
-from modellink.checkpoint.store import CheckpointStore
+from modellink.checkpoint.store import CheckpointStore, is_native_step
 from modellink.config.load import dump_config
 from modellink.config.resolved import ResolvedConfig
 from modellink.config.schema import Config
@@ -116,10 +116,14 @@ class Trainer:
                 return folder, store
             if is_hf_folder(folder):
                 return folder, None
+            if any(is_native_step(path) for path in folder.glob("iter_*")):
+                store.resolve()  # steps, but none of them whole: raises, naming each
             if options.exit_on_missing_checkpoint or not (given == options.save or given == options.load):
                 raise ModelLinkError(
                     f"no checkpoint in {folder}: give a folder with complete steps or a Hugging Face folder."
                 )
+            if folder.is_dir() and given != options.save:
+                self._print(f"modellink: warning: {folder} holds no checkpoint: starting from random weights.")
         return None, None
 
     def _take_stored_vocabulary(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -265,3 +266,15 @@ def test_version_changes_with_the_weights(folder: Path, tmp_path: Path) -> None:
     content[-1] ^= 1
     weights.write_bytes(content)
     assert harness.model_version(copy) != harness.model_version(folder)
+
+
+def test_a_data_path_of_no_task_is_refused() -> None:
+    known = builtin_tasks().get("python_docs")
+    first, second = (dataclasses.replace(known, name=name) for name in ("mmlu", "boolq"))
+    assert harness._assign_paths([first, second], ["data/mmlu", "data/boolq", "new/mmlu"]) == {
+        "mmlu": "new/mmlu",
+        "boolq": "data/boolq",
+    }
+    assert harness._assign_paths([first], ["elsewhere"]) == {"mmlu": "elsewhere"}
+    with pytest.raises(ModelLinkError, match="--task-data-path elsewhere belongs to none of the tasks mmlu, boolq"):
+        harness._assign_paths([first, second], ["elsewhere"])
