@@ -33,11 +33,11 @@ FORMATS = ("hf", "native")
 _TOKENIZER = "tokenizer.tokenizer_name_or_path"
 
 
-def hf_to_native(source: Path, target: Path) -> None:
-    """Write step 1 of a native checkpoint with the weights of a Hugging Face folder, each in its own dtype."""
+def hf_to_native(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
+    """Write step 1 of a native checkpoint with the weights of a Hugging Face folder, by default each in its dtype."""
     config = read_config(source)
     config.padded_vocab_size = config.vocab_size
-    tensors = {f"model.{name}": tensor for name, tensor in read_hf(source, config)}
+    tensors = {f"model.{name}": tensor.to(dtype or tensor.dtype) for name, tensor in read_hf(source, config)}
     resolved = load_config(["--hf-path", str(source)], program="generate")
     resolved.program = "train"  # what is written describes a run
     resolved.set("model.padded_vocab_size", config.padded_vocab_size, "converted weights")
@@ -90,8 +90,8 @@ def convert(
     """Convert the checkpoint in `load_dir` to format `to` ("hf" or "native") in `save_dir`.
 
     A native checkpoint loads at every layout, so the parallel sizes matter to Megatron's formats only. `dtype` casts
-    the weights of a Hugging Face folder that is written (default: as stored). Raises ModelLinkError for what does not
-    exist or cannot be expressed; nothing is left half-written.
+    the weights (default: as stored). A run's folder that holds steps and an export counts as native. Raises
+    ModelLinkError for what does not exist or cannot be expressed; nothing is left half-written.
     """
     source, target = Path(load_dir), Path(save_dir)
     if to not in FORMATS or tensor_parallel != 1 or pipeline_parallel != 1:
@@ -101,12 +101,12 @@ def convert(
         )
     if not source.is_dir():
         raise ModelLinkError(f"no checkpoint at {source}: give a Hugging Face or native checkpoint folder.")
-    if is_hf_folder(source):
+    if is_hf_folder(source) and not CheckpointStore(source, local=True).iterations():
         if to == "hf":
             raise ModelLinkError(f"{source} already is a Hugging Face folder: copy it, or convert to native.")
         if target.exists() and not (target.is_dir() and not any(target.iterdir())):
             raise ModelLinkError(f"{target} exists and is not an empty folder: give another one or remove it yourself.")
-        hf_to_native(source, target)
+        hf_to_native(source, target, dtype)
     elif to == "native":
         raise ModelLinkError(f"{source} already is native: it loads at every layout.")
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from collections.abc import Sequence
 
 from modellink.config.convert_schema import ConvertConfig
@@ -21,6 +23,11 @@ FORMATS = {
 }
 
 
+DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+# The others describe Megatron's files.
+USED = ("load_dir", "save_dir", "load_model_type", "save_model_type", "loader", "saver", "params_dtype")
+
+
 def run(argv: Sequence[str]) -> int:
     """Read the options, then convert."""
     config: ConvertConfig = load_section(argv, "convert")
@@ -32,9 +39,22 @@ def run(argv: Sequence[str]) -> int:
     if target is None:
         raise ModelLinkError("--save-model-type is missing: give hf or native.")
     _format(config.load_model_type or config.loader, "--load-model-type")
+    idle = [
+        "--" + option.name.replace("_", "-")
+        for option in dataclasses.fields(config)
+        if option.name not in USED and getattr(config, option.name) != option.default
+    ]
+    if idle:
+        print(
+            f"modellink: warning: {', '.join(idle)} shape Megatron's files: no effect between hf and native",
+            file=sys.stderr,
+        )
+    import torch
+
     from modellink.checkpoint.convert import convert
 
-    convert(config.load_dir, config.save_dir, to=target)
+    dtype = getattr(torch, DTYPES[config.params_dtype]) if config.params_dtype else None
+    convert(config.load_dir, config.save_dir, to=target, dtype=dtype)
     print(f"{config.save_dir}: written in the format {target}")
     return 0
 

@@ -33,7 +33,9 @@ class ConvertConfig:
     expert_parallel: int = option(1, help="expert-parallel size of the Megatron files written")
     layers_per_stage: list[int] | None = option(None, help="uneven pipeline: layers of each stage, comma separated")
     layers_per_virtual_stage: int | None = option(None, help="layers of one model chunk of an interleaved pipeline")
-    params_dtype: str = option("fp16", choices=("fp16", "bf16", "fp32"), help="type of the weights written")
+    params_dtype: str | None = option(
+        None, choices=("fp16", "bf16", "fp32"), help="type of the weights written; default: as they are stored"
+    )
     vocab_multiple: int = option(1, help="pad the vocabulary to a multiple of this times the tensor-parallel size")
     true_vocab_size: int | None = option(None, help="rows of the embedding that are real")
     vocab_file: str | None = option(None, help="vocabulary file, for its size")

@@ -135,8 +135,9 @@ def _build_tokenizer(config: PreprocessConfig) -> Tokenizer:
 
 def _check_options(config: PreprocessConfig, handler: Handler) -> None:
     name = type(handler).__name__
-    for option in ("pack", "map_keys", "max_samples", "dataset_dir", "interleave_probs"):
-        if getattr(config, option) and option not in handler.accepts:
+    for option in ("pack", "map_keys", "max_samples", "dataset_dir", "interleave_probs", "mix_strategy"):
+        given = getattr(config, option) != getattr(PreprocessConfig, option)
+        if given and option not in handler.accepts:
             flag = "--" + option.replace("_", "-")
             raise ModelLinkError(f"{flag} has no meaning for {name}; leave it out or choose another --handler-name")
     for option, why in (

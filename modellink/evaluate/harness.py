@@ -229,7 +229,7 @@ def report(outcomes: Sequence[Outcome]) -> Table:
 
 def _assign_paths(tasks: Sequence[Task], data_paths: Sequence[str]) -> dict[str, str]:
     """Task name -> the folder or file with its data."""
-    assigned = {}
+    assigned: dict[str, str] = {}
     for path in map(str, data_paths):
         names = [task.name for task in tasks if task.name in path] or [task.name for task in tasks if len(tasks) == 1]
         if not names:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import modellink
 from modellink.checkpoint.hf import read_config
+from modellink.checkpoint.store import read_tensor_names
 
 SIZES: dict[str, Any] = {
     **{"vocab_size": 211, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3},
@@ -235,6 +236,15 @@ def test_command_line(root: Path, tmp_path: Path) -> None:
     assert_same_tensors(tmp_path / "source", tmp_path / "out" / "target")
     with safe_open(tmp_path / "out" / "target" / "model.safetensors", framework="pt") as file:
         assert file.metadata()["format"] == "pt"  # transformers refuses files without it
+
+
+def test_command_line_casts_and_says_what_has_no_effect(root: Path, tmp_path: Path) -> None:
+    make_source("llama", tmp_path / "source", torch.float32, "published", "1GB")
+    flags = ["--save-model-type", "native", "--params-dtype", "bf16", "--target-tensor-parallel-size", "2"]
+    done = run_convert(root, tmp_path, "--load-dir", "source", "--save-dir", "native", *flags)
+    assert done.returncode == 0 and "--tensor-parallel shape Megatron's files: no effect" in done.stderr
+    dtypes = {info.dtype for info in read_tensor_names(tmp_path / "native" / "iter_0000001").values()}
+    assert dtypes == {torch.bfloat16}
 
 
 def test_what_cannot_be_converted_is_said_in_one_line(root: Path, tmp_path: Path) -> None:

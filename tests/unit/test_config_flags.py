@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,17 @@ from typing import Any
 import pytest
 
 from modellink.config import flags_doc
-from modellink.config.flags import PROGRAM_SECTIONS, assignments, by_name, check_statuses, flag_of, flags, parse, spell
+from modellink.config.flags import (
+    PROGRAM_SECTIONS,
+    assignments,
+    by_name,
+    check_statuses,
+    flag_of,
+    flags,
+    parse,
+    section_types,
+    spell,
+)
 from modellink.config.load import load_section
 from modellink.errors import ModelLinkError
 
@@ -200,3 +211,18 @@ def test_spelling_of_fields() -> None:
     assert flag_of("model.tie_word_embeddings", False) == "--untie-embeddings-and-output-weights"
     assert spell("model.norm_epsilon", 1e-6) == "--norm-epsilon 1e-06"
     assert spell("parallel.layers_per_stage", [1, 3]) == "--num-layer-list 1,3"
+
+
+def test_every_option_of_a_run_is_read_somewhere(root: Path) -> None:
+    """An option that nothing reads would be accepted and do nothing without a word."""
+    files = [path for path in (root / "modellink").rglob("*.py") if not path.name.endswith(("schema.py", "_table.py"))]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    unread = [
+        f"{section}.{field.name}"
+        for program in ("train", "generate", "evaluate", "preprocess")
+        for section, cls in section_types(program).items()
+        for field in dataclasses.fields(cls)
+        if not re.search(rf"\.{field.name}\b|\"{field.name}\"", text)
+    ]
+    # the command line itself looks for --debug, before options are read
+    assert set(unread) <= {"train.debug", "source.debug"}
