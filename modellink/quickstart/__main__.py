@@ -26,7 +26,7 @@ from modellink.quickstart.runner import INTERRUPTED, WIDTH, Runner, as_typed
 
 MARKER = "quickstart.json"  # lies in every folder that this program may empty
 ASKED = (0, 41)  # of the questions, those that the chat is asked
-STOP_AT = 200
+STOP_AT = 140
 MODEL = """\
 # a Llama of two layers, 1.4 million parameters
 family: llama
@@ -57,11 +57,11 @@ DATASET = (
     "--tokenizer-name-or-path OUT/tokenizer --append-eod --workers 2"
 )
 PRETRAIN = (
-    "torchrun --standalone --nproc-per-node 2 -m modellink train --tensor-parallel 2 --sequence-parallel "
+    "torchrun --standalone --nproc-per-node 2 -m modellink train --tensor-parallel 2 "
     "--config OUT/model.yaml --tokenizer-name-or-path OUT/tokenizer --data-path OUT/data/docs_text_document "
-    "--split 98,2,0 --seq-length 128 --micro-batch-size 8 --global-batch-size 8 --train-iters 400 --lr 6e-3 "
-    "--decoupled-lr 2e-2 --lr-decay-style cosine --lr-warmup-iters 20 --weight-decay 0.1 --adam-beta2 0.95 "
-    "--eval-iters 8 --log-interval 10 --save OUT/pretrain --load OUT/pretrain"
+    "--split 98,2,0 --seq-length 128 --micro-batch-size 8 --global-batch-size 8 --train-iters 280 --lr 4e-3 "
+    "--decoupled-lr 4e-2 --lr-decay-style cosine --lr-warmup-iters 20 --weight-decay 0.1 --adam-beta2 0.95 "
+    "--eval-iters 4 --eval-interval 70 --log-interval 10 --save OUT/pretrain --load OUT/pretrain"
 )
 EXPORT = "modellink convert --load-dir OUT/pretrain --save-dir OUT/hf --save-model-type hf"
 SFT_DATASET = (
@@ -158,7 +158,7 @@ class Job:
         self.result(f"iteration {stopped['iteration']}, loss {first:.2f} -> {stopped['lm_loss']:.2f}")
         self.stage("resume", "pretrain/loss.png", PRETRAIN)
         metrics = _metrics(run)
-        last = _mean_loss(metrics[-20:])
+        last = _mean_loss(metrics[-10:])
         self.facts |= {"pretrain_loss_first": first, "pretrain_loss_last": last}
         if stopped["iteration"] != STOP_AT or [e["iteration"] for e in metrics] != list(range(1, len(metrics) + 1)):
             raise RunFailure(f"the run did not stop and go on at iteration {STOP_AT}: see {run}/metrics.jsonl.")
@@ -179,7 +179,7 @@ class Job:
         self.result(f"{len(self.questions())} questions, {tokens:,} tokens")
         self.stage("SFT", "sft/loss.png", SFT)
         metrics = _metrics(self.path("sft"))
-        self.result(f"loss {metrics[0]['lm_loss']:.2f} -> {_mean_loss(metrics[-20:]):.2f}")
+        self.result(f"loss {metrics[0]['lm_loss']:.2f} -> {_mean_loss(metrics[-10:]):.2f}")
 
     def questions(self) -> list[dict[str, str]]:
         found: list[dict[str, str]] = json.loads(self.path("text", "questions.json").read_text(encoding="utf-8"))

@@ -96,7 +96,7 @@ def test_the_whole_job(tmp_path: Path) -> None:
         "text", "tokenizer", "dataset", "pretrain", "resume", "export", "score before SFT", "SFT dataset", "SFT",
         "chat", "score after SFT",
     ]  # fmt: skip
-    assert 8.0 < facts["pretrain_loss_first"] < 8.6 and facts["pretrain_loss_last"] < 5.2
+    assert 8.0 < facts["pretrain_loss_first"] < 8.6 and facts["pretrain_loss_last"] < 5.0
     assert facts["chat_right"] == facts["chat_asked"] == 2
     assert facts["score_after"]["acc"] >= 0.9 > 0.5 > facts["score_before"]["acc"]
     for picture in re.findall(r"out/\S+\.png", done.stdout.split("loss curves")[1]):
