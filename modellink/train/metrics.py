@@ -18,6 +18,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
 from modellink.errors import ModelLinkError
 from modellink.files import atomic_write
 
@@ -175,9 +178,9 @@ class MetricsLogger:
     """Reports one run. All ranks may hold one; only that with `is_logging_rank` writes anything.
 
     `save_dir` receives the JSON-lines files (None: none); entries after `start_iteration`, left by a run that got
-    further than the checkpoint now resumed from, are removed. A line is printed every `log_interval` iterations; files
-    get every iteration, TensorBoard and Weights & Biases every `board_interval`. `wandb_project` asks for Weights &
-    Biases. `stream` replaces standard output.
+    further than the checkpoint now resumed from, are removed. A line is printed every `log_interval` iterations, above
+    a progress bar on a terminal; files get every iteration, TensorBoard and Weights & Biases every `board_interval`.
+    `wandb_project` asks for Weights & Biases. `stream` replaces standard output.
     """
 
     def __init__(
@@ -198,6 +201,7 @@ class MetricsLogger:
         stream: TextIO | None = None,
     ) -> None:
         self.total_iterations = total_iterations
+        self.start_iteration = start_iteration
         self.log_interval = log_interval
         self.log_throughput = log_throughput
         self.is_logging_rank = is_logging_rank
@@ -209,6 +213,7 @@ class MetricsLogger:
         self._lines: TextIO | None = None
         self._board: Any = None
         self._wandb: Any = None
+        self._bar: Progress | None = None
         if not is_logging_rank:
             return
         if tensorboard_dir is not None:
@@ -237,6 +242,10 @@ class MetricsLogger:
             self._lines.flush()
         if iteration % self.board_interval == 0:
             self._write_scalars(iteration, _scalars(record))
+        if self._bar is not None:
+            speed = _show(record.get("tokens_per_second_per_device"), ",.0f")
+            state = f"loss {_show(record.get('lm_loss'), '.4f')}, {speed} tokens/s/device"
+            self._bar.update(self._bar.task_ids[0], completed=iteration, state=state)
         self._interval.add(record)
         if iteration % self.log_interval == 0:
             self._print(self._line(iteration, record))
@@ -262,6 +271,8 @@ class MetricsLogger:
 
     def close(self) -> None:
         """Flush and close everything; the logger is of no use afterwards."""
+        if self._bar is not None:
+            self._bar.stop()
         if self._lines is not None:
             self._lines.close()
         if self._board is not None:
@@ -270,6 +281,8 @@ class MetricsLogger:
             self._wandb.finish()
 
     def __enter__(self) -> MetricsLogger:
+        if self.is_logging_rank and self.stream.isatty():
+            self._bar = _open_bar(self.stream, self.total_iterations, self.start_iteration)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -318,7 +331,25 @@ class MetricsLogger:
             self._wandb.log({**scalars, "samples": self._consumed}, step=iteration)
 
     def _print(self, text: str) -> None:
-        print(text, file=self.stream, flush=True)
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=self.stream, flush=True)
+
+
+def _open_bar(stream: TextIO, total: int, start: int) -> Progress:
+    """A bar on the terminal below the log lines: iterations, time left, loss, speed."""
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[state]}"),
+    )
+    bar = Progress(*columns, console=Console(file=stream))
+    bar.add_task("training", total=total, completed=start, state="")
+    bar.start()
+    return bar
 
 
 def _scalars(record: Mapping[str, Any]) -> dict[str, float]:

@@ -235,3 +235,19 @@ def test_picture(tmp_path: Path, count: int) -> None:
 def test_picture_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelLinkError, match="no iteration to draw"):
         draw_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+
+
+def test_a_terminal_gets_a_bar_below_the_lines() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    record = {"consumed_samples": 2, "lm_loss": 1.25, "step_ms": 5.0, "global_batch_size": 2}
+    shown = {}
+    for stream in (Terminal(), io.StringIO()):
+        with MetricsLogger(None, total_iterations=3, log_interval=1, stream=stream) as logger:
+            logger.log(1, record | {"tokens_per_second_per_device": 1234.0})
+        shown[type(stream)] = stream.getvalue()
+        assert "iteration        1/       3" in stream.getvalue()
+    assert "training" in shown[Terminal] and "loss 1.2500, 1,234 tokens/s/device" in shown[Terminal]
+    assert "training" not in shown[io.StringIO]
