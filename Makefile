@@ -9,11 +9,11 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo "$$p" && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check $$(test -t 1 || echo --quiet) -c constraints.txt
 # tests start their own processes: two workers, one thread each, suit two cores and stay correct on more
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
-PYTEST := $(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist loadgroup
+PYTEST := $(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist worksteal
 
 .PHONY: help quickstart test test-all lint format bench clean
 

@@ -258,7 +258,7 @@ class Trainer:
         loss = result.loss.item()  # one synchronisation; it also makes the timing below honest
         progress.iteration += 1
         progress.consumed_samples += size
-        tokens = size * self.config.data.seq_length
+        tokens = size * batch["tokens"].shape[1]  # batches of instructions may be shorter than the sequence length
         progress.tokens += tokens
         if result.skipped:
             progress.skipped_iterations += 1
@@ -268,7 +268,7 @@ class Trainer:
             self._check_finite(loss, result)
         if train.manual_gc and train.manual_gc_interval and progress.iteration % train.manual_gc_interval == 0:
             gc.collect()
-        self._log(loss, result, rate, scale, size, time.perf_counter() - began)
+        self._log(loss, result, rate, scale, size, tokens, time.perf_counter() - began)
         if progress.iteration % train.log_interval == 0:
             self._inspect()
 
@@ -392,8 +392,10 @@ class Trainer:
         self.peak_flops = device.peak_flops(getattr(torch, self.config.optimizer.dtype))
         self._print(time.strftime("[before the start of training step] datetime: %Y-%m-%d %H:%M:%S"))
 
-    def _log(self, loss: float, result: StepResult, rate: float, scale: float, size: int, seconds: float) -> None:
-        tokens_per_second = size * self.config.data.seq_length / seconds / self.topology.world_size
+    def _log(
+        self, loss: float, result: StepResult, rate: float, scale: float, size: int, tokens: int, seconds: float
+    ) -> None:
+        tokens_per_second = tokens / seconds / self.topology.world_size
         norm = self.engine.params_norm() if self.config.train.log_params_norm else None
         record = {
             "consumed_samples": self.progress.consumed_samples,

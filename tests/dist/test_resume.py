@@ -15,7 +15,7 @@ from forked_runs import PHASES
 
 from modellink.data.indexed import IndexedDatasetWriter
 
-pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("resume")]
+pytestmark = pytest.mark.dist
 
 VOCABULARY, ITERATIONS = 300, 12
 FLAGS = f"""
