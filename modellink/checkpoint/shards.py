@@ -8,6 +8,7 @@ the index goes through an unpickler that builds nothing but the index's own reco
 from __future__ import annotations
 
 import contextlib
+import enum
 import importlib
 import io
 import pickle
@@ -54,6 +55,13 @@ class TensorInfo:
     dtype: torch.dtype
 
 
+def _member(kind: type, name: str) -> Any:
+    """What `getattr` may do here: some Python versions (3.11.0 to 3.11.3) store a member of an enumeration by name."""
+    if isinstance(kind, enum.EnumMeta) and name in kind.__members__:
+        return kind[name]
+    raise pickle.UnpicklingError(f"it asks for attribute {name!r} of {kind!r}")
+
+
 class _IndexUnpickler(pickle.Unpickler):
     """Builds the record types of a checkpoint index and refuses every other name, so that no code can run."""
 
@@ -62,6 +70,8 @@ class _IndexUnpickler(pickle.Unpickler):
             return getattr(importlib.import_module(module), name)
         if module == "torch" and isinstance(constant := getattr(torch, name, None), torch.dtype | torch.memory_format):
             return constant
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         raise pickle.UnpicklingError(f"it refers to {module}.{name}")
 
 

@@ -24,13 +24,10 @@ def with_known_ids(feed: F) -> F:
     """Return `feed`; raises ModelLinkError when its token files hold ids that its vocabulary does not have.
 
     The vocabulary is the tokenizer's where there is one: a larger id may still have a row, but that row is padding.
-    Instruction data may use that padding, because chat templates add tokens to a tokenizer.
     """
     model, options = feed.config.model, feed.config.tokenizer
     size = model.vocab_size or model.padded_vocab_size
-    if feed.config.data.instruction_data:
-        size = model.padded_vocab_size
-    elif feed.tokenizer is not None:
+    if feed.tokenizer is not None:
         size = feed.tokenizer.vocab_size + options.vocab_extra_ids
     assert size is not None, "the model has been built"
     loaders = (loader for loader in (feed.train, feed.valid, feed.test) if loader is not None)

@@ -372,8 +372,8 @@ def check_vocabulary(datasets: Iterable[Any], vocab_size: int, limit: int = 1 <<
             if low < 0 or high >= vocab_size:
                 raise ModelLinkError(
                     f"the tokenizer disagrees with the data: {prefix}.bin holds token id {low if low < 0 else high}, "
-                    f"the vocabulary has {vocab_size} entries; use the tokenizer that the data was preprocessed with, "
-                    f"or preprocess again"
+                    f"the vocabulary has {vocab_size} entries; use the tokenizer, and for instructions the "
+                    f"--prompt-type, that the data was preprocessed with, or preprocess again"
                 )
 
 

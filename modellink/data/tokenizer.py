@@ -7,6 +7,7 @@ run.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -109,23 +110,32 @@ class HFTokenizer(_Bytes):
         if padding_side:
             options["padding_side"] = padding_side
         try:
-            self.hf = AutoTokenizer.from_pretrained(folder, **options)
+            hf = AutoTokenizer.from_pretrained(folder, **options)
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ModelLinkError(
                 f"no tokenizer can be read from {folder} ({reason}); the folder needs tokenizer.json or the files that "
                 f"its tokenizer_config.json names"
             ) from error
-        self._rust = getattr(self.hf, "backend_tokenizer", None)
-        self.vocab_size = len(self.hf)
-        self.bos: int | None = self.hf.bos_token_id
-        eos = self.hf.eos_token_id
-        if eos is None:
+        if hf.eos_token_id is None:
             raise ModelLinkError(
                 f"the tokenizer in {folder} names no eos token; add eos_token to its tokenizer_config.json"
             )
-        self.eod: int = eos
-        self.pad: int = eos if self.hf.pad_token_id is None else self.hf.pad_token_id
+        self._adopt(hf)
+
+    def _adopt(self, hf: Any) -> None:
+        self.hf = hf
+        self._rust = getattr(hf, "backend_tokenizer", None)
+        self.vocab_size = len(hf)
+        self.bos: int | None = hf.bos_token_id
+        self.eod: int = hf.eos_token_id
+        self.pad: int = hf.eos_token_id if hf.pad_token_id is None else hf.pad_token_id
+
+    def replaced_by(self, hf: Any) -> HFTokenizer:
+        """The same interface over another Hugging Face tokenizer, such as one that a chat template added tokens to."""
+        new = copy.copy(self)
+        new._adopt(hf)
+        return new
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         if self._rust is not None:

@@ -14,7 +14,8 @@ from modellink.data.gpt import GPTOptions
 from modellink.data.instruction import build_instruction_datasets
 from modellink.data.instruction import collate as collate_instructions
 from modellink.data.loader import BatchLoader, collate_tokens
-from modellink.data.tokenizer import Tokenizer, build_tokenizer
+from modellink.data.templates import fit_tokenizer, get_template
+from modellink.data.tokenizer import HFTokenizer, Tokenizer, build_tokenizer
 from modellink.errors import ModelLinkError
 from modellink.parallel.topology import Topology
 from modellink.train.batch_size import BatchSizeSchedule
@@ -63,6 +64,10 @@ def open_tokenizer(resolved: ResolvedConfig) -> Tokenizer | None:
         tokenizer_model=options.tokenizer_model,
         vocab_size=words - 1 if words else None,
     )
+    prompt_type = resolved.config.data.prompt_type
+    if prompt_type and isinstance(tokenizer, HFTokenizer):
+        # the data were encoded with the tokens that the template adds
+        tokenizer = tokenizer.replaced_by(fit_tokenizer(get_template(prompt_type), tokenizer.hf))
     set_tokenizer_size(resolved, tokenizer.vocab_size + options.vocab_extra_ids)
     return tokenizer
 

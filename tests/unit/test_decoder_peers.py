@@ -298,11 +298,14 @@ def test_scaling_scores_by_the_layer_number_tells_large_ones_apart_in_fp16() -> 
 @torch.no_grad()
 def test_residual_stream_in_fp32() -> None:
     _, model = gpt2("gelu")
-    exact = model(TOKENS)
+    state = model.state_dict()
+    for name in ("embed_tokens.weight", "lm_head.weight", "embed_positions.weight"):
+        state[name] = state[name] * 30  # so that what the layers add is small beside the stream, and bf16 loses it
+    exact = build(state).to(torch.bfloat16).float()(TOKENS)
     errors = []
     for fp32_residual in (False, True):
-        low = build(model.state_dict(), fp32_residual=fp32_residual).to(torch.bfloat16)
+        low = build(state, fp32_residual=fp32_residual).to(torch.bfloat16)
         logits = low(TOKENS)
         assert logits.dtype == torch.bfloat16
         errors.append((logits.float() - exact).norm().item())
-    assert errors[1] < errors[0]
+    assert errors[1] < 0.85 * errors[0]

@@ -161,7 +161,8 @@ def test_fused_adamw_claim_holds() -> None:
 def test_env_prints_json_and_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert env.run(["--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["versions"]["torch"] == torch.__version__
+    # an installed package's version may leave out the build, as in 2.13.0+cu130
+    assert facts["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert facts["device"]["type"] == "cpu" and facts["backends"]["used"] == "gloo"
     assert facts["kernels"]["math_attention"] and not facts["kernels"]["liger"]
     assert set(env.KERNELS) == {*device.features(), "math_attention"}

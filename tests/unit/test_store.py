@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+import io
 import json
 import multiprocessing
 import os
@@ -11,12 +13,13 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from modellink.checkpoint.manifest import MANIFEST, FileRecord, hash_file, read_manifest
-from modellink.checkpoint.shards import INDEX
+from modellink.checkpoint.shards import INDEX, _IndexUnpickler
 from modellink.checkpoint.store import CONFIG, EXTRA, TRACKER, CheckpointStore, load_full, read_tensor_names
 from modellink.errors import ModelLinkError
 from modellink.files import atomic_write
@@ -365,6 +368,34 @@ def test_index_with_objects_or_foreign_paths_is_refused(tmp_path: Path) -> None:
     index.write_bytes(pickle.dumps({"no": "index"}))
     reseal(tmp_path / "iter_0000001")
     assert_refused(tmp_path, "it is a dict, not an index")
+
+    index.write_bytes(pickle.dumps(Attribute(torch.Size, "__init__")))
+    reseal(tmp_path / "iter_0000001")
+    assert_refused(tmp_path, "it asks for attribute '__init__'")
+
+
+class Attribute:
+    """Pickles as `getattr(owner, name)`."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.owner, self.name)
+
+
+def test_index_written_by_python_3_11_0_to_3_11_3(tmp_path: Path) -> None:
+    """Their enumerations pickle as `getattr(kind, name)`."""
+    save(CheckpointStore(tmp_path), 1)
+    index = tmp_path / "iter_0000001" / INDEX
+    content = pickle.loads(index.read_bytes())
+    for entry in content.state_dict_metadata.values():
+        state = list(entry.properties.__getstate__())
+        places = [i for i, value in enumerate(state) if isinstance(value, enum.Enum)]
+        assert places
+    member = type(state[places[0]])
+    written = pickle.dumps(Attribute(member, state[places[0]].name))
+    assert _IndexUnpickler(io.BytesIO(written)).load() is state[places[0]]
 
 
 def test_shard_that_would_run_code_is_refused(tmp_path: Path) -> None:
