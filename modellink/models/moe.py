@@ -1,0 +1,396 @@
+"""Mixture-of-experts MLP: a router, stacked experts, shared experts, and the losses that keep the experts busy.
+
+    x_TD ─▶ router ─▶ (expert, weight) x k ─▶ drop over capacity ─▶ rows sorted by expert ─▶ experts ─▶ weighted sum
+      └──────────────────────────────▶ shared experts (x sigmoid gate) ─────────────────────────────────────▶ +
+
+Routing is in fp32. Experts are stacked parameters (`experts.gate_proj` [E, F, D]), so that one grouped matrix product
+runs all of them. Between "rows sorted by expert" and the weighted sum stands one call, `run_experts`; expert
+parallelism replaces that call (send rows, run the local experts, send back) and nothing else.
+
+Auxiliary losses never reach the trainer: their gradient is attached to the output of the layer by an identity. What
+they weigh against the token loss is `MoE.token_weight`, the factor with which one position counts in the scalar that is
+differentiated. The trainer differentiates sum(token losses) * fp16 scale / labelled tokens, added up over micro-batches
+and ranks, so it sets fp16 scale / positions of the global batch (masked ones count: they are routed as well). Each
+forward then attaches loss * its positions * token_weight, and the sum over micro-batches and ranks is the mean
+over the global batch, times the same scale as the rest of the gradient. Without it (None) the losses of one forward
+count fully, which fits code that differentiates the mean loss of one batch. Legend: B batch, S sequence, T tokens
+(B x S), D hidden, E experts, k experts of a token, F expert width, R routed rows, G groups.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modellink.config.schema import ModelConfig
+from modellink.errors import ModelLinkError
+from modellink.models.layers import ACTIVATIONS, MLP
+
+SCORINGS = ("softmax_selected", "softmax", "sigmoid")
+DROP_POLICIES = ("probs", "position")
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """What a mixture-of-experts MLP needs beyond the sizes of the decoder.
+
+    scoring: "softmax_selected" takes the softmax over the k chosen logits (Mixtral, Grok, gpt-oss); "softmax" over all
+    experts before choosing (Qwen, DeepSeek-V2); "sigmoid" scores every expert by itself (DeepSeek-V3, GLM-4.5).
+    With groups, only experts of the `topk_group` best groups are eligible; a group is as good as its best expert, or
+    with sigmoid its two best. The routed scaling multiplies weights that were not renormalised, and sigmoid weights
+    always: so do both DeepSeek releases.
+    """
+
+    num_experts: int
+    moe_ffn_hidden_size: int
+    router_topk: int = 2
+    scoring: str = "softmax_selected"
+    norm_topk_prob: bool = False
+    num_groups: int = 1
+    topk_group: int = 1
+    routed_scaling_factor: float = 1.0
+    router_bias: bool = False
+    correction_bias: bool = False
+    input_jitter: float = 0.0
+    n_shared_experts: int = 0
+    shared_expert_gate: bool = False
+    shared_expert_gate_dimension: int = 1
+    aux_loss_coeff: float = 0.0
+    device_aux_loss_coeff: float = 0.0
+    communication_aux_loss_coeff: float = 0.0
+    z_loss_coeff: float = 0.0
+    sequence_aux_loss: bool = False
+    capacity_factor: float | None = None
+    drop_policy: str = "probs"
+    pad_to_capacity: bool = False
+    grouped_gemm: bool = True
+    swiglu_limit: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.router_topk <= self.num_experts:
+            raise ModelLinkError(
+                f"a token cannot go to {self.router_topk} of {self.num_experts} experts: "
+                "lower --moe-router-topk or raise --num-experts."
+            )
+        if self.num_experts % self.num_groups or not 1 <= self.topk_group <= self.num_groups:
+            raise ModelLinkError(
+                f"{self.num_experts} experts do not fall into {self.num_groups} equal groups of which "
+                f"{self.topk_group} are chosen: change the number of groups or --topk-group."
+            )
+        if self.topk_group * (self.num_experts // self.num_groups) < self.router_topk:
+            raise ModelLinkError(
+                f"{self.topk_group} groups of {self.num_experts // self.num_groups} experts hold fewer than the "
+                f"{self.router_topk} that a token goes to: raise --topk-group."
+            )
+        if self.pad_to_capacity and self.capacity_factor is None:
+            raise ModelLinkError(
+                "padding experts to their capacity needs a capacity: set --moe-expert-capacity-factor."
+            )
+        if self.scoring not in SCORINGS or self.drop_policy not in DROP_POLICIES:
+            raise ModelLinkError(
+                f"router scoring {self.scoring!r} must be one of {SCORINGS} and "
+                f"drop policy {self.drop_policy!r} one of {DROP_POLICIES}."
+            )
+
+    def capacity(self, pairs: int) -> int:
+        """Most rows an expert takes of `pairs` = T k: their even share times the capacity factor, rounded up."""
+        return pairs if self.capacity_factor is None else math.ceil(pairs / self.num_experts * self.capacity_factor)
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether any auxiliary loss weighs anything."""
+        return any(
+            (self.aux_loss_coeff, self.device_aux_loss_coeff, self.communication_aux_loss_coeff, self.z_loss_coeff)
+        )
+
+
+def parameters(config: ModelConfig, moe: MoEConfig, active: bool = False) -> int:
+    """Parameters of one MoE MLP, or with `active` only those that one token meets."""
+    hidden, ffn, copies = config.hidden_size, moe.moe_ffn_hidden_size, 2 if config.gated_mlp else 1
+    assert hidden
+
+    def mlp(width: int) -> int:
+        return (copies + 1) * hidden * width + (copies * width + hidden) * config.mlp_bias
+
+    router = moe.num_experts * (hidden + moe.router_bias + moe.correction_bias)
+    total = router + (moe.router_topk if active else moe.num_experts) * mlp(ffn)
+    if moe.n_shared_experts:
+        total += mlp(moe.n_shared_experts * ffn)
+        total += hidden * moe.shared_expert_gate_dimension * moe.shared_expert_gate
+    return total
+
+
+def forward_flops(config: ModelConfig, moe: MoEConfig) -> int:
+    """Floating-point operations of the matrix products of one MoE MLP for one token, forward, none dropped."""
+    hidden, ffn, copies = config.hidden_size, moe.moe_ffn_hidden_size, 2 if config.gated_mlp else 1
+    assert hidden
+    width = (moe.router_topk + moe.n_shared_experts) * ffn
+    gate = moe.shared_expert_gate_dimension * (moe.shared_expert_gate and moe.n_shared_experts > 0)
+    return 2 * hidden * (moe.num_experts + (copies + 1) * width + gate)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """fp32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Routing(NamedTuple):
+    """Where tokens go. All floats are fp32 (fp64 for fp64 input)."""
+
+    experts_Tk: Tensor  # int64
+    weights_Tk: Tensor
+    logits_TE: Tensor
+    shares_TE: Tensor  # scores over all experts, each row summing to 1
+
+
+class Router(nn.Module):
+    """Scores every expert for every token and chooses k. Sources: arXiv:2401.04088, 2405.04434, 2412.19437."""
+
+    def __init__(self, config: ModelConfig, moe: MoEConfig) -> None:
+        super().__init__()
+        self.moe = moe
+        self.weight = nn.Parameter(torch.empty(moe.num_experts, config.hidden_size).normal_(0.0, config.init_std))
+        self.bias = nn.Parameter(torch.zeros(moe.num_experts)) if moe.router_bias else None
+        # moves with the load of the experts, not with a gradient
+        self.e_score_correction_bias = (
+            nn.Parameter(torch.zeros(moe.num_experts), requires_grad=False) if moe.correction_bias else None
+        )
+
+    def forward(self, x_TD: Tensor) -> Routing:
+        """[T, D] -> `Routing`."""
+        moe = self.moe
+        if self.training and moe.input_jitter:
+            x_TD = x_TD * torch.empty_like(x_TD).uniform_(1.0 - moe.input_jitter, 1.0 + moe.input_jitter)
+        bias = _wide(self.bias) if self.bias is not None else None
+        logits_TE = F.linear(_wide(x_TD), _wide(self.weight), bias)
+        scores_TE = logits_TE.sigmoid() if moe.scoring == "sigmoid" else logits_TE.softmax(-1)
+        experts_Tk = self._eligible(scores_TE.detach()).topk(moe.router_topk, -1).indices
+        if moe.scoring == "softmax_selected":
+            return Routing(experts_Tk, logits_TE.gather(-1, experts_Tk).softmax(-1), logits_TE, scores_TE)
+        weights_Tk = scores_TE.gather(-1, experts_Tk)
+        if moe.norm_topk_prob:
+            weights_Tk = weights_Tk / (weights_Tk.sum(-1, keepdim=True) + 1e-20)
+        if moe.scoring == "sigmoid" or not moe.norm_topk_prob:
+            weights_Tk = weights_Tk * moe.routed_scaling_factor
+        shares_TE = scores_TE / scores_TE.sum(-1, keepdim=True) if moe.scoring == "sigmoid" else scores_TE
+        return Routing(experts_Tk, weights_Tk, logits_TE, shares_TE)
+
+    def _eligible(self, scores_TE: Tensor) -> Tensor:
+        """Scores to choose by: with the correction bias, -inf outside the chosen groups."""
+        moe = self.moe
+        if self.e_score_correction_bias is not None:
+            scores_TE = scores_TE + self.e_score_correction_bias
+        if moe.topk_group == moe.num_groups:
+            return scores_TE
+        scores_TGE = scores_TE.unflatten(-1, (moe.num_groups, -1))
+        best = min(2 if moe.scoring == "sigmoid" else 1, scores_TGE.shape[-1])
+        groups = scores_TGE.topk(best, -1).values.sum(-1).topk(moe.topk_group, -1).indices
+        closed_TG = torch.ones_like(scores_TGE[..., 0], dtype=torch.bool).scatter(-1, groups, False)
+        return scores_TGE.masked_fill(closed_TG[..., None], float("-inf")).flatten(-2)
+
+
+def auxiliary_losses(routing: Routing, moe: MoEConfig, batch: int) -> dict[str, Tensor]:
+    """Each loss that weighs anything, times its coefficient, by name; scalars, means over the tokens of `routing`.
+
+    The T tokens are `batch` sequences one after the other. f_e is the number of tokens sent to e, over its mean; P_e
+    the mean share of e; both over a sequence (`sequence_aux_loss`, averaged over sequences after) or over all tokens.
+    Choices before dropping count. Source: arXiv:2405.04434, section 2.2.3; z-loss: arXiv:2202.08906.
+    """
+    losses: dict[str, Tensor] = {}
+    if moe.z_loss_coeff:
+        losses["z_loss"] = routing.logits_TE.logsumexp(-1).square().mean() * moe.z_loss_coeff
+    rows = batch if moe.sequence_aux_loss else 1
+    shares_NSE = routing.shares_TE.unflatten(0, (rows, -1))
+    chosen_NSE = torch.zeros_like(shares_NSE).scatter(-1, routing.experts_Tk.unflatten(0, (rows, -1)), 1.0)
+    frequency_NE = chosen_NSE.mean(1) * (moe.num_experts / moe.router_topk)
+    share_NE = shares_NSE.mean(1)
+    if moe.aux_loss_coeff:
+        losses["load_balancing_loss"] = (frequency_NE * share_NE).sum(-1).mean() * moe.aux_loss_coeff
+    share_NG = share_NE.unflatten(-1, (moe.num_groups, -1)).sum(-1)
+    if moe.device_aux_loss_coeff:
+        frequency_NG = frequency_NE.unflatten(-1, (moe.num_groups, -1)).mean(-1)
+        losses["device_loss"] = (frequency_NG * share_NG).sum(-1).mean() * moe.device_aux_loss_coeff
+    if moe.communication_aux_loss_coeff:
+        touched_NSG = chosen_NSE.unflatten(-1, (moe.num_groups, -1)).amax(-1)
+        frequency_NG = touched_NSG.mean(1) * (moe.num_groups / moe.topk_group)
+        losses["communication_loss"] = (frequency_NG * share_NG).sum(-1).mean() * moe.communication_aux_loss_coeff
+    return losses
+
+
+class _AttachLoss(torch.autograd.Function):
+    """Identity on `output` whose backward also differentiates the scalar `loss`."""
+
+    @staticmethod
+    def forward(ctx, output: Tensor, loss: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.like = loss.new_ones(())
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+        return grad, ctx.like
+
+
+class Experts(nn.Module):
+    """E MLPs of one shape as stacked parameters, run on rows that are sorted by expert."""
+
+    def __init__(self, config: ModelConfig, moe: MoEConfig) -> None:
+        super().__init__()
+        experts, ffn, hidden = moe.num_experts, moe.moe_ffn_hidden_size, config.hidden_size
+
+        def weight(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape).normal_(0.0, config.init_std))
+
+        def bias(width: int, wanted: bool = True) -> nn.Parameter | None:
+            return nn.Parameter(torch.zeros(experts, width)) if config.mlp_bias and wanted else None
+
+        self.gate_proj = weight(experts, ffn, hidden) if config.gated_mlp else None
+        self.up_proj = weight(experts, ffn, hidden)
+        self.down_proj = weight(experts, hidden, ffn)
+        self.gate_proj_bias = bias(ffn, config.gated_mlp)
+        self.up_proj_bias, self.down_proj_bias = bias(ffn), bias(hidden)
+        self.activation = ACTIVATIONS[config.activation]
+        self.grouped, self.limit = moe.grouped_gemm, moe.swiglu_limit
+
+    def forward(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
+        """Rows [R, D], the first counts_E[0] (int64 [E], sum R) of them for expert 0, and so on -> [R, D]."""
+        if self.grouped and has_grouped_kernel(x_RD, self.up_proj):
+            ends_E, counts = counts_E.cumsum(0, dtype=torch.int32), None
+        else:
+            ends_E, counts = None, counts_E.tolist()
+
+        def project(x_RD: Tensor, weight_EFD: Tensor, bias_EF: Tensor | None) -> Tensor:
+            if ends_E is not None:
+                y_RF = _grouped_product(x_RD, weight_EFD, ends_E)
+            else:
+                parts = zip(x_RD.split(counts), weight_EFD, strict=True)
+                y_RF = torch.cat([F.linear(part, weight) for part, weight in parts])
+            return y_RF if bias_EF is None else y_RF + bias_EF.repeat_interleave(counts_E, 0, output_size=len(y_RF))
+
+        up_RF = project(x_RD, self.up_proj, self.up_proj_bias)
+        if self.gate_proj is None:
+            return project(self.activation(up_RF), self.down_proj, self.down_proj_bias)
+        gate_RF = project(x_RD, self.gate_proj, self.gate_proj_bias)
+        return project(self._gate(gate_RF, up_RF), self.down_proj, self.down_proj_bias)
+
+    def _gate(self, gate_RF: Tensor, up_RF: Tensor) -> Tensor:
+        if self.limit is None:
+            return self.activation(gate_RF) * up_RF
+        gate_RF = gate_RF.clamp(max=self.limit)  # gpt-oss: clamped, a steeper sigmoid, and one added to the linear part
+        return gate_RF * torch.sigmoid(1.702 * gate_RF) * (up_RF.clamp(-self.limit, self.limit) + 1.0)
+
+
+def has_grouped_kernel(x: Tensor, weight: Tensor) -> bool:
+    """Whether F.grouped_mm takes these: bf16 anywhere, fp32 on the CPU; sizes in multiples of 16 bytes."""
+    dtypes = (torch.bfloat16, torch.float32) if x.device.type == "cpu" else (torch.bfloat16,)
+    aligned = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
+    return x.dtype == weight.dtype and x.dtype in dtypes and aligned
+
+
+def _grouped_product(x_RD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
+    y_RF = F.grouped_mm(x_RD.contiguous(), weight_EFD.transpose(-2, -1), offs=ends_E)
+    if y_RF.requires_grad:
+        y_RF.register_hook(Tensor.contiguous)  # its backward takes nothing else
+    return y_RF
+
+
+class _Order(NamedTuple):
+    """Kept (token, choice) pairs, sorted by expert."""
+
+    pairs_R: Tensor  # int64: place in the flattened [T, k]
+    counts_E: Tensor  # int64: rows of each expert, padding included
+    slots_R: Tensor | None  # int64: with padding, the row each pair takes
+
+
+def expert_order(routing: Routing, moe: MoEConfig) -> _Order:
+    """Sort pairs by expert (by token within one) and drop what exceeds the capacity.
+
+    "probs" keeps the largest weights, "position" the first tokens.
+    """
+    experts_P = routing.experts_Tk.flatten()
+    everyone = torch.arange(moe.num_experts, device=experts_P.device)
+    if moe.capacity_factor is None:
+        sorted_P, pairs_P = experts_P.sort(stable=True)
+        ends_E = torch.searchsorted(sorted_P, everyone, right=True)
+        return _Order(pairs_P, ends_E.diff(prepend=ends_E.new_zeros(1)), None)
+    capacity = moe.capacity(len(experts_P))
+    if moe.drop_policy == "probs":
+        best = routing.weights_Tk.detach().flatten().sort(descending=True, stable=True).indices
+        pairs_P = best[experts_P[best].sort(stable=True).indices]
+    else:
+        pairs_P = experts_P.sort(stable=True).indices
+    sorted_P = experts_P[pairs_P]
+    ends_E = torch.searchsorted(sorted_P, everyone, right=True)
+    counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
+    place_P = torch.arange(len(pairs_P), device=pairs_P.device) - (ends_E - counts_E)[sorted_P]
+    kept_P = place_P < capacity
+    slots_R = (sorted_P * capacity + place_P)[kept_P] if moe.pad_to_capacity else None
+    counts_E = torch.full_like(counts_E, capacity) if moe.pad_to_capacity else counts_E.clamp(max=capacity)
+    return _Order(pairs_P[kept_P], counts_E, slots_R)
+
+
+class MoE(nn.Module):
+    """The mixture-of-experts MLP of one layer: drop-in for `layers.MLP`."""
+
+    def __init__(self, config: ModelConfig, moe: MoEConfig) -> None:
+        super().__init__()
+        self.moe = moe
+        self.gate = Router(config, moe)
+        self.experts = Experts(config, moe)
+        shared = dataclasses.replace(config, ffn_hidden_size=moe.n_shared_experts * moe.moe_ffn_hidden_size)
+        self.shared_experts = MLP(shared) if moe.n_shared_experts else None
+        gated = moe.n_shared_experts and moe.shared_expert_gate
+        width = moe.shared_expert_gate_dimension
+        self.shared_expert_gate = nn.Linear(config.hidden_size, width, bias=False) if gated else None
+        # expert parallelism hands in another way of running the sorted rows
+        self.run_experts: Callable[[Tensor, Tensor], Tensor] | None = None
+        self.token_weight: Tensor | float | None = None  # see the top of this module
+        self.losses: dict[str, Tensor] = {}  # of the last forward in training, detached, times their coefficients
+        self.load_E: Tensor | None = None  # tokens per expert of the last forward in training, before dropping
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """[B, S, D] -> [B, S, D]."""
+        x_TD = x_BSD.flatten(0, -2)
+        routing = self.gate(x_TD)
+        y_TD = self._routed(x_TD, routing)
+        if self.shared_experts is not None:
+            shared_TD = self.shared_experts(x_TD)
+            if self.shared_expert_gate is not None:
+                shared_TD = shared_TD * torch.sigmoid(self.shared_expert_gate(x_TD))
+            y_TD = y_TD + shared_TD
+        if self.training:
+            y_TD = self._attach_losses(y_TD, routing, x_BSD.shape[:-1])
+        return y_TD.view_as(x_BSD)
+
+    def _routed(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        pairs_R, counts_E, slots_R = expert_order(routing, self.moe)
+        x_RD = x_TD[pairs_R // self.moe.router_topk]
+        if slots_R is not None:
+            rows = self.moe.num_experts * self.moe.capacity(routing.experts_Tk.numel())
+            x_RD = x_RD.new_zeros(rows, x_RD.shape[-1]).index_copy(0, slots_R, x_RD)
+        y_RD = (self.run_experts or self.experts)(x_RD, counts_E)
+        if slots_R is not None:
+            y_RD = y_RD[slots_R]
+        y_PD = y_RD.new_zeros(routing.experts_Tk.numel(), y_RD.shape[-1]).index_copy(0, pairs_R, y_RD)  # dropped: zero
+        weights_Tk = routing.weights_Tk.to(y_PD.dtype)
+        return (y_PD.unflatten(0, weights_Tk.shape) * weights_Tk[..., None]).sum(1)
+
+    def _attach_losses(self, y_TD: Tensor, routing: Routing, shape: torch.Size) -> Tensor:
+        with torch.no_grad():
+            self.load_E = torch.zeros_like(routing.logits_TE[0]).index_add(
+                0, routing.experts_Tk.flatten(), routing.weights_Tk.new_ones(routing.experts_Tk.numel())
+            )
+        if not self.moe.has_losses:
+            return y_TD
+        losses = auxiliary_losses(routing, self.moe, shape[0])
+        self.losses = {name: loss.detach() for name, loss in losses.items()}
+        total = torch.stack(list(losses.values())).sum()
+        if self.token_weight is not None:
+            total = total * (len(y_TD) * self.token_weight)
+        return _AttachLoss.apply(y_TD, total) if total.requires_grad else y_TD
