@@ -9,6 +9,7 @@ from modellink.errors import ModelLinkError
 
 def run(argv: Sequence[str]) -> int:
     """Print the table; `modellink models NAME` prints one preset field by field."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
@@ -22,7 +23,8 @@ def run(argv: Sequence[str]) -> int:
     flags = [text for text in argv if text.startswith("-") and text != "--debug"]
     if flags or len(names) > 1:
         raise ModelLinkError(f"models takes at most one preset name, not {' '.join(argv)}.")
-    table = Table(title=names[0] if names else "presets for --model NAME")
+    # without inner rules the table fits into 80 columns
+    table = Table(title=names[0] if names else "presets for --model NAME", box=box.SIMPLE_HEAD)
     if names:
         table.add_column("field")
         table.add_column("value")
