@@ -24,7 +24,7 @@ def run(argv: Sequence[str]) -> int:
     if flags or len(names) > 1:
         raise ModelLinkError(f"models takes at most one preset name, not {' '.join(argv)}.")
     # without inner rules the table fits into 80 columns
-    table = Table(title=names[0] if names else "presets for --model NAME", box=box.SIMPLE_HEAD)
+    table = Table(title=names[0] if names else "presets for --model NAME", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     if names:
         table.add_column("field")
         table.add_column("value")
