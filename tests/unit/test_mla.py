@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from modellink.config.schema import ModelConfig
 from modellink.models import mla as latent
 from modellink.models.attention import AttentionMask
-from modellink.models.cache import LayerCache
+from modellink.models.cache import KVCache, LayerCache
+from modellink.models.decoder import Decoder
 from modellink.models.mla import LatentAttention, MLAConfig, rope_config
+from modellink.models.moe import MoE, MoEConfig, Routing
 from modellink.models.rope import RopeTable, RotaryEmbedding
 
 YARN = {
@@ -189,3 +197,84 @@ def test_flops_by_hand() -> None:
     direct = dataclasses.replace(mla, q_lora_rank=None)
     by_hand += 36 * 3 * 16 - 36 * 18 - 18 * 3 * 16
     assert latent.forward_flops(config, direct, 7) == 2 * by_hand
+
+
+class InferenceMoE(MoE):
+    """Passes no gradient through the routed experts: the original code runs them so outside training."""
+
+    def _routed(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        return super()._routed(x_TD, routing).detach()
+
+
+def test_deepseek_v2_from_its_original_code(shared: Path) -> None:
+    """The whole model: latent attention with YaRN, a dense first layer, group-limited routing, shared experts."""
+    folder = shared / "parity" / "deepseek_v2_original"
+    settings = json.loads((folder / "config.json").read_text())
+    yarn = settings["rope_scaling"]
+    config = model_config(
+        num_layers=3,
+        hidden_size=64,
+        num_attention_heads=4,
+        ffn_hidden_size=settings["intermediate_size"],
+        vocab_size=320,
+        padded_vocab_size=320,
+        norm_epsilon=settings["rms_norm_eps"],
+        activation="silu",
+        gated_mlp=True,
+        mlp_bias=False,
+        tie_word_embeddings=False,
+        hidden_dropout=0.0,
+        rope_scaling="yarn",
+        rope_scaling_factor=yarn["factor"],
+        rope_original_max_position=yarn["original_max_position_embeddings"],
+        rope_mscale=yarn["mscale"],
+        rope_mscale_all_dim=yarn["mscale_all_dim"],
+    )
+    sizes = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    mla = MLAConfig(**{name: settings[name] for name in sizes})
+    moe = MoEConfig(
+        num_experts=settings["n_routed_experts"],
+        moe_ffn_hidden_size=settings["moe_intermediate_size"],
+        router_topk=settings["num_experts_per_tok"],
+        scoring="softmax",
+        num_groups=settings["n_group"],
+        topk_group=settings["topk_group"],
+        routed_scaling_factor=settings["routed_scaling_factor"],
+        n_shared_experts=settings["n_shared_experts"],
+    )
+    model = Decoder(config)
+    model.rope = RotaryEmbedding(rope_config(config, mla))
+    for index, layer in enumerate(model.layers.values()):
+        layer.self_attn = LatentAttention(config, mla, index)
+        if index >= settings["first_k_dense_replace"]:
+            layer.mlp = InferenceMoE(config, moe)
+    model.load_state_dict(stack_experts(load_file(folder / "model.safetensors")), strict=True)
+
+    reference = np.load(folder / "ref.npz")
+    tokens = torch.tensor(reference["input_ids"])
+    logits = model(tokens)
+    torch.testing.assert_close(logits, torch.tensor(reference["logits"]), atol=2e-5, rtol=0)
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    assert loss.item() == pytest.approx(float(reference["loss"]), rel=1e-6)
+    assert norm.item() == pytest.approx(float(reference["grad_norm"]), rel=1e-5)
+    with torch.no_grad():
+        cache, fed, greedy = KVCache(config.num_layers), tokens, []
+        for _ in range(reference["greedy"].shape[1]):
+            fed = model(fed, cache=cache, last_only=True).argmax(-1)
+            greedy.append(fed)
+    assert torch.equal(torch.cat(greedy, 1), torch.tensor(reference["greedy"]))
+
+
+def stack_experts(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`mlp.experts.E.gate_proj.weight` one by one -> `mlp.experts.gate_proj` [E, F, D]; "model." is left out."""
+    out: dict[str, Tensor] = {}
+    stacks: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in state.items():
+        name = name.removeprefix("model.")
+        if found := re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)\.weight", name):
+            stacks.setdefault(f"{found[1]}.{found[3]}", {})[int(found[2])] = tensor
+        else:
+            out[name] = tensor
+    return out | {name: torch.stack([parts[i] for i in range(len(parts))]) for name, parts in stacks.items()}

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import math
+import re
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from modellink.config.schema import ModelConfig
 from modellink.errors import ModelLinkError
 from modellink.models import moe as sparse
+from modellink.models.decoder import Decoder
 from modellink.models.moe import MoE, MoEConfig, Router, auxiliary_losses, expert_order, has_grouped_kernel
 
 HIDDEN, WIDTH, EXPERTS = 20, 12, 8
@@ -123,8 +130,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "gpt_oss": (
         "gpt_oss",
         "GptOssMLP",
-        {"intermediate_size": WIDTH, "num_local_experts": EXPERTS, "num_experts_per_tok": 3},
-        OURS | {"router_bias": True, "swiglu_limit": 7.0},
+        {"intermediate_size": WIDTH, "num_local_experts": EXPERTS, "num_experts_per_tok": 3, "swiglu_limit": 1.5},
+        OURS | {"router_bias": True, "swiglu_limit": 1.5},
     ),
 }
 CONFIGS = {
@@ -449,3 +456,104 @@ def test_counts_by_hand() -> None:
     mixtral = MoEConfig(8, 14336)
     config = ModelConfig(hidden_size=4096, gated_mlp=True, mlp_bias=False)
     assert sparse.parameters(config, mixtral) == 8 * (4096 + 3 * 4096 * 14336)
+
+
+GROK_NAMES = (
+    ("transformer.in_out_embed.", "embed_tokens."),
+    ("transformer.decoder_layer.", "layers."),
+    ("multi_head_attention.query.", "self_attn.q_proj."),
+    ("multi_head_attention.key.", "self_attn.k_proj."),
+    ("multi_head_attention.value.", "self_attn.v_proj."),
+    ("multi_head_attention.linear.", "self_attn.o_proj."),
+    ("rms_norm_1.", "attention_output_norm."),
+    ("rms_norm_2.", "post_attention_layernorm."),
+    ("rms_norm_3.", "mlp_output_norm."),
+    (".router.", ".mlp.gate."),
+    (".moe.", ".mlp.experts."),
+    ("linear_v.", "w3."),
+    ("linear_1.", "w2."),
+    (".linear.", ".w1."),
+    ("transformer.rms_norm.", "norm."),
+    ("rms_norm.", "input_layernorm."),
+    ("model.", ""),
+)
+
+
+def stack_experts(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Experts one by one with names w1, w3, w2 -> stacked gate, up, down; other names by `GROK_NAMES`."""
+    out: dict[str, Tensor] = {}
+    stacks: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in state.items():
+        for theirs, ours in GROK_NAMES:
+            name = name.replace(theirs, ours)
+        if found := re.fullmatch(r"(.*\.experts)\.(\d+)\.(w[123])\.weight", name):
+            ours = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}[found[3]]
+            stacks.setdefault(f"{found[1]}.{ours}", {})[int(found[2])] = tensor
+        else:
+            out[name] = tensor
+    return out | {name: torch.stack([parts[i] for i in range(len(parts))]) for name, parts in stacks.items()}
+
+
+def parity_cases(name: str, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    if name == "minicpm_moe":
+        return {
+            "activation": "silu",
+            "embedding_multiplier": settings["scale_emb"],
+            "residual_multiplier": settings["scale_depth"] / settings["num_hidden_layers"] ** 0.5,
+            "hidden_divisor": settings["hidden_size"] / settings["dim_model_base"],
+        }, {"num_experts": settings["num_experts"]}
+    return {
+        "activation": "gelu_tanh",
+        "sandwich_norm": True,
+        "attention_logit_softcap": 30.0,
+        "query_scale": settings["attn_output_multiplier"] ** -2,
+        "embedding_multiplier": settings["embedding_multiplier_scale"],
+        "logits_multiplier": settings["output_multiplier_scale"],
+    }, {"num_experts": settings["num_local_experts"], "scoring": "softmax"}
+
+
+class InferenceMoE(MoE):
+    """Passes no gradient through the routed experts: MiniCPM's original code runs them so outside training."""
+
+    def _routed(self, x_TD: Tensor, routing: sparse.Routing) -> Tensor:
+        return super()._routed(x_TD, routing).detach()
+
+
+@pytest.mark.parametrize("name", ["minicpm_moe", "grok1_port"])
+def test_whole_models_from_their_original_code(shared: Path, name: str) -> None:
+    folder = shared / "parity" / name
+    settings = json.loads((folder / "config.json").read_text())
+    switches, router = parity_cases(name, settings)
+    config = model_config(
+        num_layers=settings["num_hidden_layers"],
+        hidden_size=settings["hidden_size"],
+        num_attention_heads=settings["num_attention_heads"],
+        num_key_value_heads=settings["num_key_value_heads"],
+        vocab_size=settings["vocab_size"],
+        padded_vocab_size=settings["vocab_size"],
+        normalization="RMSNorm",
+        norm_epsilon=settings["rms_norm_eps"],
+        position_embedding="rope",
+        tie_word_embeddings=True,
+        qkv_bias=False,
+        attention_output_bias=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        **switches,
+    )
+    moe = MoEConfig(moe_ffn_hidden_size=settings["intermediate_size"], router_topk=2, **router)
+    model = Decoder(config)
+    for layer in model.layers.values():
+        layer.mlp = (InferenceMoE if name == "minicpm_moe" else MoE)(config, moe)
+    state = stack_experts(load_file(folder / "model.safetensors"))
+    model.load_state_dict(state | {"lm_head.weight": state["embed_tokens.weight"]}, strict=True)
+
+    reference = np.load(folder / "ref.npz")
+    tokens = torch.tensor(reference["input_ids"])
+    logits = model(tokens)
+    torch.testing.assert_close(logits, torch.tensor(reference["logits"]), atol=2e-5, rtol=0)
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    assert loss.item() == pytest.approx(float(reference["loss"]), rel=1e-6)
+    assert norm.item() == pytest.approx(float(reference["grad_norm"]), rel=1e-5)
