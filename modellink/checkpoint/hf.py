@@ -33,7 +33,7 @@ from modellink.checkpoint.hf_config import (
     write_config,
 )
 from modellink.checkpoint.hf_files import SAFE_INDEX, HFWeights, StoredTensor
-from modellink.checkpoint.mapping import is_ignored, to_canonical, to_hf
+from modellink.checkpoint.mapping import HFTensor, is_ignored, layout_of, to_hf
 from modellink.config.schema import ModelConfig
 from modellink.errors import ModelLinkError
 from modellink.files import fsync_directory
@@ -70,19 +70,18 @@ def load_hf(model: Decoder, folder: str | Path, *, progress: bool = True, check_
     ModelLinkError, before anything is written, for missing, surplus or misshapen tensors and damaged files; with
     `check_finite` also, while reading, for NaN and infinity.
     """
-    weights = HFWeights(folder)
-    family = FAMILIES.get(model.config.family)
+    weights = HFWeights(folder, FAMILIES.get(model.config.family).prefix)
     shapes = expected_shapes(model.config)
-    _check_folder(weights, model.config, shapes)
+    layout = _check_folder(weights, model.config, shapes)
     parameters = list(model.named_parameters())
     for name, parameter in track(parameters, "Loading weights", disable=not progress):
         canonical = model.canonical_name(name)
-        stored = weights[to_hf(family, canonical)]
+        sources = [weights[each] for each in layout[canonical].names]
         if canonical in _VOCABULARY:
-            stored = stored.padded(shapes[canonical][0])
-        copy_full_into(stored, parameter)
+            sources = [sources[0].padded(shapes[canonical][0])]
+        copy_full_into(layout[canonical].view(sources, canonical), parameter)
         if check_finite and not torch.isfinite(local_tensor(parameter)).all():
-            raise ModelLinkError(f"{stored.file}: tensor {stored.name!r} holds NaN or infinity.")
+            raise ModelLinkError(f"{sources[0].file}: tensor {sources[0].name!r} holds NaN or infinity.")
 
 
 def read_hf(folder: str | Path, config: ModelConfig, *, progress: bool = True) -> Iterator[tuple[str, Tensor]]:
@@ -90,12 +89,12 @@ def read_hf(folder: str | Path, config: ModelConfig, *, progress: bool = True) -
 
     Raises ModelLinkError as `load_hf` does, before the first tensor is read.
     """
-    weights, family = HFWeights(folder), FAMILIES.get(config.family)
+    weights = HFWeights(folder, FAMILIES.get(config.family).prefix)
     shapes = expected_shapes(config)
-    _check_folder(weights, config, shapes)
-    for canonical in track(shapes, "Reading weights", disable=not progress):
-        stored = weights[to_hf(family, canonical)]
-        yield canonical, stored[tuple(slice(None) for _ in stored.shape)]
+    layout = _check_folder(weights, config, shapes)
+    for canonical, shape in track(shapes.items(), "Reading weights", disable=not progress):
+        view = layout[canonical].view([weights[each] for each in layout[canonical].names], canonical)
+        yield canonical, view[tuple(slice(None) for _ in shape)]
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -104,16 +103,17 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(parameter.shape) for name, parameter in Decoder(config).named_parameters()}
 
 
-def _check_folder(weights: HFWeights, config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Every tensor that is needed is there in the right shape, and no other one is."""
+def _check_folder(weights: HFWeights, config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, HFTensor]:
+    """Where each tensor lies, once every one that is needed is there in the right shape, and no other one is."""
     family, folder = FAMILIES.get(config.family), weights.folder
     declared = read_config(folder).vocab_size
-    for canonical, shape in shapes.items():
-        name = to_hf(family, canonical)
+    layout = layout_of(config, shapes)
+    needed = {name: (tensor, canonical) for canonical, tensor in layout.items() for name in tensor.names}
+    for name, (tensor, canonical) in needed.items():
         if name not in weights:
             hint = " It would be the embedding if tie_word_embeddings were true." if canonical == _HEAD else ""
             raise ModelLinkError(f"{folder} lacks the tensor {name!r} of a {family.name} model of this shape.{hint}")
-        stored = weights[name]
+        stored, shape = weights[name], tensor.shape
         if canonical in _VOCABULARY:
             _check_vocabulary(stored, config.padded_vocab_size or 0, declared)
             shape = (stored.shape[0], *shape[1:])
@@ -123,16 +123,16 @@ def _check_folder(weights: HFWeights, config: ModelConfig, shapes: dict[str, tup
                 " its configuration does not belong to these weights."
             )
     for name in weights:
-        known = to_canonical(family, name)
-        if known in shapes or is_ignored(family, name):
+        if name in needed or is_ignored(family, name):
             continue
-        if known == _HEAD and config.tie_word_embeddings:
+        if name == to_hf(family, _HEAD) and config.tie_word_embeddings:
             _check_tied(weights[name], weights[to_hf(family, _EMBEDDING)])
             continue
         raise ModelLinkError(
             f"{weights[name].file}: {name!r} fits nowhere in a {family.name} model of {config.num_layers} layers:"
             " its configuration does not belong to these weights."
         )
+    return layout
 
 
 def _check_vocabulary(stored: StoredTensor, padded: int, declared: int | None) -> None:
@@ -210,9 +210,13 @@ def save_hf(
 def _translated(
     tensors: Iterable[tuple[str, Tensor]], config: ModelConfig, dtype: torch.dtype | None
 ) -> Iterable[tuple[str, Tensor]]:
-    """Hugging Face names, padding cut, dtype cast; raises unless exactly the tensors of the model came by."""
+    """Tensors of the files as soon as all their parts came by, padding cut, dtype cast; raises unless exactly the
+    tensors of the model came.
+    """
     family = FAMILIES.get(config.family)
     missing = expected_shapes(dataclasses.replace(config, padded_vocab_size=config.vocab_size))
+    layout = layout_of(config, missing)
+    waiting: dict[str, dict[str, Tensor]] = {}
     for canonical, tensor in tensors:
         if canonical not in missing:
             raise ModelLinkError(
@@ -225,7 +229,11 @@ def _translated(
             raise ModelLinkError(
                 f"cannot export {canonical!r}: its shape is {list(tensor.shape)}, the model's {list(shape)}."
             )
-        yield to_hf(family, canonical), tensor.detach().to(dtype or tensor.dtype).contiguous()
+        whole = layout[canonical]
+        parts = waiting.setdefault(whole.name, {})
+        parts[canonical] = tensor.detach().to(dtype or tensor.dtype)
+        if len(parts) == len(whole.parts):
+            yield from whole.assemble(waiting.pop(whole.name))
     if missing:
         raise ModelLinkError(f"cannot export: {len(missing)} tensors never came, the first is {next(iter(missing))!r}.")
 

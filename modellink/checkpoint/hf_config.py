@@ -88,7 +88,7 @@ def _family(content: dict[str, Any], path: Path) -> Family:
     model_type = content.get("model_type")
     rows = all_families()
     for row in rows:
-        if row.architecture in architectures or (not architectures and row.model_type == model_type):
+        if set(row.architectures) & set(architectures) or (not architectures and row.model_type == model_type):
             return row
     known = [row.architecture for row in rows]
     name = architectures[0] if architectures else model_type

@@ -62,9 +62,12 @@ class StoredTensor:
 
 
 class HFWeights:
-    """All tensors of one folder. Raises ModelLinkError for files that are missing, damaged or of an unknown kind."""
+    """All tensors of one folder. Raises ModelLinkError for files that are missing, damaged or of an unknown kind.
 
-    def __init__(self, folder: str | Path) -> None:
+    Files of a model saved without its head leave out the `prefix` that all other names have; here it is always there.
+    """
+
+    def __init__(self, folder: str | Path, prefix: str = "") -> None:
         self.folder = Path(folder)
         self._tensors: dict[str, StoredTensor] = {}
         files, index = self._files()
@@ -81,6 +84,8 @@ class HFWeights:
                 raise ModelLinkError(
                     f"{self.folder / listed} lacks the tensor {name!r} that the index promises; fetch the file again."
                 )
+        if not any(name.startswith(prefix) for name in self._tensors):
+            self._tensors = {prefix + name: tensor for name, tensor in self._tensors.items()}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

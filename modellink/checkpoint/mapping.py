@@ -1,39 +1,163 @@
-"""Names of tensors in a family's Hugging Face files, both ways from the one table of its row.
+"""Where our tensors lie in a family's Hugging Face files: names, fused rows, transposed matrices, one file per expert.
 
-A row maps module names (`layers.{}.self_attn.q_proj`); a parameter keeps its last part (`.weight`, `.bias`). The layer
-number is the only thing that varies, so a name is looked up, never searched for.
+The family's row is the only source, for both directions (its `names`, `grouped` and `transposed`):
+
+    one of ours  <->  one of theirs            most modules; a parameter keeps its last part (`.weight`, `.bias`)
+    several      <->  one                      modules that share a name: their rows one part after the other, in the
+                                               order of the table, or so for every key/value head (`grouped`)
+    [out, in]    <->  [in, out]                `transposed`
+    one [E, ...] <->  E                        a second "{}" in the name stands for the number of the expert
+
+A `View` reads a region of one of ours from the regions of theirs that hold it, and nothing else.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from modellink.models.families import Family
+import torch
+from torch import Tensor
+
+from modellink.config.schema import ModelConfig
+from modellink.models.families import FAMILIES, Family
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+Shape = tuple[int, ...]
 
 
 def to_hf(family: Family, name: str) -> str:
-    """Hugging Face name of the parameter whose canonical name is `name`; KeyError if the family has no such module."""
-    return _translate(name, family.names)
+    """Hugging Face name of the parameter whose canonical name is `name`, "{}" standing for the number of an expert.
+
+    The table may name whole parameters or their modules. KeyError if the family has no such module.
+    """
+    number = _NUMBER.search(name)
+    pattern = _pattern(family, name)
+    theirs = family.names[pattern]
+    if pattern.count(".") < name.count("."):
+        theirs += "." + name.rpartition(".")[2]
+    return theirs.replace("{}", number.group(), 1) if number else theirs
 
 
-def to_canonical(family: Family, name: str) -> str | None:
-    """Canonical name of the Hugging Face tensor `name`, or None when the family's table does not know it."""
-    try:
-        return _translate(name, {theirs: ours for ours, theirs in family.names.items()})
-    except KeyError:
-        return None
+def _pattern(family: Family, name: str) -> str:
+    """The key of the family's table that covers the parameter `name`."""
+    whole = _NUMBER.sub("{}", name, count=1)
+    return whole if whole in family.names else whole.rpartition(".")[0]
 
 
 def is_ignored(family: Family, name: str) -> bool:
-    """Whether the tensor `name` holds nothing learned (rotary tables that old files carry)."""
+    """Whether the tensor `name` holds nothing learned (rotary tables and masks that old files carry)."""
     return name.endswith(family.ignored_tensors)
 
 
-def _translate(name: str, table: Mapping[str, str]) -> str:
-    module, _, last = name.rpartition(".")
-    number = _NUMBER.search(module + ".")
-    pattern = _NUMBER.sub("{}", module + ".", count=1)[:-1]
-    return f"{table[pattern].format(number.group() if number else '')}.{last}"
+@dataclass(frozen=True)
+class HFTensor:
+    """One tensor of the files, or one per expert, and the tensors of ours that lie in it.
+
+    `parts` maps their canonical names to their shapes (of one expert), in stored order; along `dim` they alternate
+    `groups` times.
+    """
+
+    name: str
+    parts: Mapping[str, Shape]
+    dim: int
+    groups: int = 1
+    transposed: bool = False
+    experts: int | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The names in the files: one, or one per expert."""
+        if self.experts is None:
+            return [self.name]
+        return [self.name.replace("{}", str(expert)) for expert in range(self.experts)]
+
+    @property
+    def shape(self) -> Shape:
+        """The shape that each of `names` has in the files."""
+        shape = list(next(iter(self.parts.values())))
+        shape[self.dim] = sum(part[self.dim] for part in self.parts.values())
+        if self.transposed:
+            shape[-2:] = shape[:-3:-1]
+        return tuple(shape)
+
+    def view(self, sources: list[Any], canonical: str) -> Any:
+        """The tensor `canonical` of ours, sliced lazily out of `sources`, the stored tensors called `names`."""
+        if len(self.parts) == 1 and not self.transposed and self.experts is None:
+            return sources[0]
+        return View(self, sources, canonical)
+
+    def assemble(self, parts: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Name and value of every tensor in the files, from all the tensors of ours in `parts`."""
+        for expert, name in enumerate(self.names):
+            one = [parts[part] if self.experts is None else parts[part][expert] for part in self.parts]
+            whole = one[0]
+            if len(one) > 1:
+                rows = [part.unflatten(self.dim, (self.groups, -1)) for part in one]
+                whole = torch.cat(rows, self.dim + 1).flatten(self.dim, self.dim + 1)
+            if self.transposed:
+                whole = whole.mT
+            yield name, whole.contiguous() if self.experts is None else whole.contiguous().clone()
+
+
+@dataclass(frozen=True)
+class View:
+    """One tensor of ours inside stored ones. Indexing by a tuple of slices of ours reads only what they cover."""
+
+    tensor: HFTensor
+    sources: list[Any]
+    canonical: str
+
+    def __getitem__(self, region: tuple[slice, ...]) -> Tensor:
+        if self.tensor.experts is None:
+            return self._read(self.sources[0], region)
+        chosen = self.sources[region[0]]
+        return torch.stack([self._read(source, region[1:]) for source in chosen])
+
+    def _read(self, source: Any, region: tuple[slice, ...]) -> Tensor:
+        dim, pieces = self.tensor.dim, []
+        for run in self._runs(region[dim]):
+            stored = [*region[:dim], run, *region[dim + 1 :]]
+            if self.tensor.transposed:
+                stored[-2:] = stored[:-3:-1]
+            piece = source[tuple(stored)]
+            pieces.append(piece.mT if self.tensor.transposed else piece)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+
+    def _runs(self, rows: slice) -> Iterator[slice]:
+        """The stored rows of our `rows`, as contiguous runs."""
+        sizes = {name: shape[self.tensor.dim] // self.tensor.groups for name, shape in self.tensor.parts.items()}
+        size, stride = sizes[self.canonical], sum(sizes.values())
+        names = list(sizes)
+        offset = sum(sizes[name] for name in names[: names.index(self.canonical)])
+        start, end, _ = rows.indices(size * self.tensor.groups)
+        for group in range(start // size, -(-end // size)):
+            low, high = max(start - group * size, 0), min(end - group * size, size)
+            yield slice(group * stride + offset + low, group * stride + offset + high)
+
+
+def layout_of(config: ModelConfig, shapes: Mapping[str, Shape]) -> dict[str, HFTensor]:
+    """Canonical name -> the tensor of the family's files that holds it, for parameters of the full `shapes`."""
+    family = FAMILIES.get(config.family)
+    order = {pattern: place for place, pattern in enumerate(family.names)}
+    together: dict[str, list[str]] = {}
+    for canonical in shapes:
+        together.setdefault(to_hf(family, canonical), []).append(canonical)
+    found = {}
+    for name, canonicals in together.items():
+        canonicals.sort(key=lambda canonical: order[_pattern(family, canonical)])
+        experts = shapes[canonicals[0]][0] if "{}" in name else None
+        parts = {canonical: shapes[canonical][experts is not None :] for canonical in canonicals}
+        dims, module = len(parts[canonicals[0]]), name.rpartition(".")[0]
+        tensor = HFTensor(
+            name=name,
+            parts=parts,
+            dim=max(dims - (1 if name.endswith("bias") else 2), 0),
+            groups=config.num_key_value_heads or 1 if module.endswith(family.grouped) else 1,
+            transposed=dims > 1 and module.endswith(family.transposed),
+            experts=experts,
+        )
+        found.update(dict.fromkeys(canonicals, tensor))
+    return found

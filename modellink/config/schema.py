@@ -55,7 +55,11 @@ class ModelConfig:
     sandwich_norm: bool = option(
         False, help="also normalise the output of attention and MLP before the residual add (Gemma2)"
     )
+    pre_norm: bool = option(
+        True, help="norm before attention and MLP; without it only branch outputs are normalised (OLMo-2)"
+    )
     qk_norm: bool = option(False, help="norm on every query and key head before the rotation (Qwen3)")
+    qk_norm_all_heads: bool = option(False, help="that norm runs over all heads together (OLMo-2)")
     embedding_norm: bool = option(False, help="norm after the embedding (Bloom)")
 
     activation: str = option(
@@ -69,6 +73,9 @@ class ModelConfig:
     attention_output_bias: bool = option(True, help="bias on the attention output projection")
     mlp_bias: bool = option(True, help="bias on the MLP projections")
     lm_head_bias: bool = option(False, help="bias on the output matrix")
+    normalize_lm_head: bool = option(
+        False, help="divide every row of the output matrix by its length before use (Baichuan2)"
+    )
     tie_word_embeddings: bool = option(True, help="the output matrix is the embedding matrix")
 
     position_embedding: str = option(
@@ -78,14 +85,17 @@ class ModelConfig:
     rope_fraction: float = option(1.0, help="rotated fraction of each head")
     rope_interleaved: bool = option(False, help="rotate neighbouring pairs instead of the two halves")
     rope_scaling: str | None = option(
-        None, choices=("linear", "dynamic", "llama3", "yarn"), help="rule that stretches the rotary frequencies"
+        None,
+        choices=("linear", "dynamic", "dynamic_doubling", "llama3", "yarn"),
+        help="rule that stretches the rotary frequencies; dynamic_doubling: in steps of powers of two, not in training "
+        "(Qwen 1)",
     )
     rope_scaling_factor: float = option(1.0, help="stretch of the scaling rule")
     rope_low_freq_factor: float = option(
         1.0, help="llama3 rule: below window/low the frequency is divided by the factor"
     )
     rope_high_freq_factor: float = option(4.0, help="llama3 rule: above window/high the frequency is kept")
-    rope_original_max_position: int | None = option(None, help="trained window of the llama3, yarn and dynamic rules")
+    rope_original_max_position: int | None = option(None, help="trained window of the scaling rules")
     rope_beta_fast: float = option(32.0, help="yarn ramp: rotations above which a dimension is kept")
     rope_beta_slow: float = option(1.0, help="yarn ramp: rotations below which a dimension is interpolated")
     rope_mscale: float = option(1.0, help="yarn attention scale")
@@ -98,6 +108,10 @@ class ModelConfig:
         "all", help='layers the window holds on: "all", "even" (0, 2, 4, ...), or a comma list of 0/1, one per layer'
     )
     query_scale: float | None = option(None, help="softmax scale is this to the power -1/2; default: the head size")
+    query_log_window: int | None = option(
+        None,
+        help="multiply queries at positions p beyond this window by log(p) / log(window), not in training (Qwen 1)",
+    )
     attention_logit_softcap: float | None = option(None, help="cap attention scores: cap * tanh(score / cap)")
     output_logit_softcap: float | None = option(None, help="cap logits: cap * tanh(logit / cap)")
     query_key_layer_scaling: bool = option(

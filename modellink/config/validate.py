@@ -188,6 +188,11 @@ def _layout(resolved: ResolvedConfig) -> None:
                 "tensor-parallel size "
                 f"that divides {size}, or change {flag_of(path)}."
             )
+    if tensor > 1 and model.qk_norm and model.qk_norm_all_heads:
+        raise ModelLinkError(
+            f"{_given(resolved, 'parallel.tensor_parallel')} splits the heads, over all of which this family (OLMo-2) "
+            "takes one norm: use pipeline stages, or --zero-stage 3, which shards the weights too."
+        )
     model_parallel = tensor * parallel.pipeline_parallel * parallel.context_parallel
     if resolved.world_size % model_parallel:
         raise ModelLinkError(

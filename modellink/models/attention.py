@@ -147,8 +147,10 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(hidden, config.num_key_value_heads * head, bias=config.qkv_bias)
         self.v_proj = nn.Linear(hidden, config.num_key_value_heads * head, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.num_attention_heads * head, hidden, bias=config.attention_output_bias)
-        self.q_norm = make_norm(config, head) if config.qk_norm else None
-        self.k_norm = make_norm(config, head) if config.qk_norm else None
+        self.norm_all_heads = config.qk_norm_all_heads
+        normed = [config.num_attention_heads, config.num_key_value_heads] if self.norm_all_heads else [1, 1]
+        self.q_norm = make_norm(config, normed[0] * head) if config.qk_norm else None
+        self.k_norm = make_norm(config, normed[1] * head) if config.qk_norm else None
         self.core = AttentionCore(config, layer)
         # recomputation hands in another way of running the core
         self.run_core: Callable[[Tensor, Tensor, Tensor, AttentionMask], Tensor] | None = None
@@ -158,11 +160,14 @@ class Attention(nn.Module):
     ) -> Tensor:
         """[B, S, D] -> [B, S, D]; with `cache`, keys and values of earlier tokens come first."""
         q, k, v = (proj(x_BSD) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.norm_all_heads:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
-        if self.q_norm is not None:
+        if self.q_norm is not None and not self.norm_all_heads:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, rope, self.rope_interleaved), rotate(k, rope, self.rope_interleaved)
+            q = q if rope.query_scale is None else q * rope.query_scale
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if cache is not None:
             k, v = cache.append(k, v)

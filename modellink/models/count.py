@@ -20,10 +20,11 @@ def count_parameters(model: ModelConfig) -> int:
 
     attention = hidden * (query + 2 * key_value) + query * hidden
     attention += (query + 2 * key_value) * model.qkv_bias + hidden * model.attention_output_bias
-    attention += 2 * model.head_dim * norm_copies * model.qk_norm
+    normed = query + key_value if model.qk_norm_all_heads else 2 * model.head_dim
+    attention += normed * norm_copies * model.qk_norm
     up_copies = 2 if model.gated_mlp else 1
     mlp = (up_copies + 1) * hidden * ffn + (up_copies * ffn + hidden) * model.mlp_bias
-    norms = (4 if model.sandwich_norm else 2) * hidden * norm_copies
+    norms = 2 * (model.pre_norm + model.sandwich_norm) * hidden * norm_copies
 
     total = model.num_layers * (attention + mlp + norms) + hidden * norm_copies
     total += vocab * hidden + hidden * norm_copies * model.embedding_norm

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from modellink.config.schema import ModelConfig
 from modellink.models.attention import Attention, AttentionMask
 from modellink.models.cache import KVCache, LayerCache
-from modellink.models.layers import MLP, Dropout, make_norm
+from modellink.models.layers import MLP, Dropout, NormalizedLinear, make_norm
 from modellink.models.rope import RopeTable, RotaryEmbedding
 
 LayerCall = Callable[[Tensor], Tensor]
@@ -28,15 +28,15 @@ RunLayers = Callable[[list[LayerCall], Tensor], Tensor]
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and MLP with residual connections; sandwich norms normalise the branch outputs as well."""
+    """Attention and MLP with residual connections, norms before the branches, on their outputs, or both."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         hidden = config.hidden_size
-        self.input_layernorm = make_norm(config, hidden)
+        self.input_layernorm = make_norm(config, hidden) if config.pre_norm else None
         self.self_attn = Attention(config, layer)
         self.attention_output_norm = make_norm(config, hidden) if config.sandwich_norm else None
-        self.post_attention_layernorm = make_norm(config, hidden)
+        self.post_attention_layernorm = make_norm(config, hidden) if config.pre_norm else None
         self.mlp = MLP(config)
         self.mlp_output_norm = make_norm(config, hidden) if config.sandwich_norm else None
         self.residual_multiplier = config.residual_multiplier
@@ -46,11 +46,16 @@ class DecoderLayer(nn.Module):
         self, x_BSD: Tensor, *, rope: RopeTable | None, mask: AttentionMask, cache: LayerCache | None = None
     ) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
-        dtype = self.input_layernorm.weight.dtype  # differs from x's only when the residual stream is fp32
-        branch = self.self_attn(self.input_layernorm(x_BSD).to(dtype), rope=rope, mask=mask, cache=cache)
+        branch = self.self_attn(self._enter(x_BSD, self.input_layernorm), rope=rope, mask=mask, cache=cache)
         x_BSD = self._add(x_BSD, branch, self.attention_output_norm)
-        branch = self.mlp(self.post_attention_layernorm(x_BSD).to(dtype))
+        branch = self.mlp(self._enter(x_BSD, self.post_attention_layernorm))
         return self._add(x_BSD, branch, self.mlp_output_norm)
+
+    def _enter(self, x_BSD: Tensor, norm: nn.Module | None) -> Tensor:
+        """The input of a branch; its dtype differs from that of x only when the residual stream is fp32."""
+        if norm is None:
+            return x_BSD.to(self.self_attn.o_proj.weight.dtype)
+        return norm(x_BSD).to(norm.weight.dtype)
 
     def _add(self, x_BSD: Tensor, branch_BSD: Tensor, norm: nn.Module | None) -> Tensor:
         if norm is not None:
@@ -90,7 +95,8 @@ class Decoder(nn.Module):
         # a dict, not a list: a stage's layers keep their global index as their name
         self.layers = nn.ModuleDict({str(i): DecoderLayer(config, i) for i in indices})
         self.norm = make_norm(config, hidden) if last else None
-        self.lm_head = nn.Linear(hidden, vocab, bias=config.lm_head_bias) if last else None
+        head = NormalizedLinear if config.normalize_lm_head else nn.Linear
+        self.lm_head = head(hidden, vocab, bias=config.lm_head_bias) if last else None
         self.run_layers: RunLayers = run_layers_plainly
         self.tie_weights()
 

@@ -57,6 +57,13 @@ def make_norm(config: ModelConfig, size: int) -> RMSNorm | LayerNorm:
     return LayerNorm(size, config.norm_epsilon, config.norm_offset)
 
 
+class NormalizedLinear(nn.Linear):
+    """A matrix whose rows have length one when it is used, whatever is stored (Baichuan2's output matrix)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, F.normalize(self.weight), self.bias)
+
+
 class Dropout(nn.Module):
     """Dropout whose random stream can be exchanged.
 

@@ -15,12 +15,18 @@ from torch import Tensor, nn
 
 from modellink.config.schema import ModelConfig
 
+_DYNAMIC = ("dynamic", "dynamic_doubling")
+
 
 class RopeTable(NamedTuple):
-    """cos and sin of the angles, each [B or 1, S, 1, R] with R the rotated channels of a head."""
+    """cos and sin of the angles, each [B or 1, S, 1, R] with R the rotated channels of a head.
+
+    `query_scale` [B or 1, S, 1, 1] multiplies queries after the rotation, None where they keep their length.
+    """
 
     cos: Tensor
     sin: Tensor
+    query_scale: Tensor | None = None
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
@@ -78,13 +84,16 @@ class RotaryEmbedding(nn.Module):
         self._fixed: dict[torch.device, Tensor] = {}
 
     def inverse_frequencies(self, longest: int | None = None) -> Tensor:
-        """fp32 [R/2] on the CPU; `longest` (tokens) matters only for dynamic NTK scaling."""
+        """fp32 [R/2] on the CPU; `longest` (tokens) matters only for the dynamic rules."""
         config, rotated = self.config, self.rotated
         theta = config.rope_theta
-        if config.rope_scaling == "dynamic":
+        if config.rope_scaling in _DYNAMIC:
             window = config.rope_original_max_position or config.max_position_embeddings
             longest = max(longest or window, window)
-            stretch = config.rope_scaling_factor * longest / window - (config.rope_scaling_factor - 1)
+            if config.rope_scaling == "dynamic":
+                stretch = config.rope_scaling_factor * longest / window - (config.rope_scaling_factor - 1)
+            else:
+                stretch = 2 ** math.ceil(math.log2(longest / window) + 1) - 1
             theta = theta * stretch ** (rotated / (rotated - 2))
         inv_freq = 1.0 / (theta ** (torch.arange(0, rotated, 2, dtype=torch.float32) / rotated))
         if config.rope_scaling == "linear":
@@ -97,8 +106,9 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> RopeTable:
         """position_ids int [B, S] or [S] -> cos, sin in `dtype`, [B or 1, S, 1, R]."""
-        device = position_ids.device
-        if self.config.rope_scaling == "dynamic":
+        device, window = position_ids.device, self.config.query_log_window
+        stretched = not (self.training and self.config.rope_scaling == "dynamic_doubling")
+        if self.config.rope_scaling in _DYNAMIC and stretched:
             inv_freq = self.inverse_frequencies(int(position_ids.max()) + 1).to(device)
         else:
             if device not in self._fixed:
@@ -109,7 +119,11 @@ class RotaryEmbedding(nn.Module):
         angles = position_ids[..., None].float() * inv_freq
         angles = angles.repeat_interleave(2, -1) if self.config.rope_interleaved else torch.cat((angles, angles), -1)
         cos, sin = angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
-        return RopeTable(cos.to(dtype)[:, :, None], sin.to(dtype)[:, :, None])
+        query_scale = None
+        if window is not None and not self.training:
+            lengths = (position_ids + 1).float()[:, :, None, None]
+            query_scale = (lengths.log() / math.log(window)).clamp(min=1.0).to(dtype)
+        return RopeTable(cos.to(dtype)[:, :, None], sin.to(dtype)[:, :, None], query_scale)
 
 
 def rotate(x_BSHK: Tensor, table: RopeTable, interleaved: bool) -> Tensor:

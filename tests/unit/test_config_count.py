@@ -32,6 +32,8 @@ def built(config: ModelConfig) -> int:
         {"position_embedding": "rope", "num_key_value_heads": 2, "head_dim": 10, "qk_norm": True, "gated_mlp": True},
         {"position_embedding": "alibi", "embedding_norm": True, "attention_output_bias": False},
         {"position_embedding": "rope", "sandwich_norm": True, "normalization": "RMSNorm", "ffn_hidden_size": 70},
+        {"position_embedding": "rope", "pre_norm": False, "sandwich_norm": True, "num_key_value_heads": 2}
+        | {"qk_norm": True, "qk_norm_all_heads": True, "normalize_lm_head": True, "tie_word_embeddings": False},
         {"position_embedding": "none", "lm_head_bias": True, "tie_word_embeddings": False, "qk_norm": True},
         {"position_embedding": "rope", "qk_norm": True, "normalization": "RMSNorm", "num_key_value_heads": 1},
     ],

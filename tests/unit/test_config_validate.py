@@ -30,6 +30,7 @@ def error(monkeypatch: pytest.MonkeyPatch, argv: list[str], world: int = 1, prog
     [
         ([TP, "3"], 3, ["4 query heads", f"{TP} 3", "divides 4"]),
         ([TP, "4", "--num-key-value-heads", "2"], 4, ["2 key/value heads", f"{TP} 4"]),
+        ([TP, "2", "--qk-layernorm", "--qk-norm-all-heads"], 2, [f"{TP} 2", "OLMo-2", "--zero-stage 3"]),
         ([TP, "2", "--ffn-hidden-size", "97"], 2, ["97 MLP columns", "--ffn-hidden-size"]),
         ([TP, "2", "--padded-vocab-size", "513"], 2, ["513 vocabulary rows", "--padded-vocab-size"]),
         (["--num-key-value-heads", "3"], 1, ["--num-attention-heads 4", "--num-key-value-heads 3"]),

@@ -37,7 +37,7 @@ LLAMA_NAMES: dict[str, str] = {
     "norm": "model.norm",
     "lm_head": "lm_head",
 }
-IGNORED_TENSORS = ("rotary_emb.inv_freq", "attn.rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
+IGNORED_TENSORS = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 
 # the block that all families here share (spec: pre-norm, RMSNorm, gated MLP, rotary positions, no dropout on branches)
 COMMON: dict[str, Any] = {
@@ -84,7 +84,12 @@ ATTENTION_BIAS = Key("attention_bias", ("qkv_bias", "attention_output_bias"), Fa
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Family:
-    """One row: `covers` names the published models, `fixed` the fields that no key of the family can change."""
+    """One row: `covers` names the published models, `fixed` the fields that no key of the family can change.
+
+    `names` maps our modules to theirs; modules of ours that share a name of theirs are one fused tensor in the files,
+    rows in the order of the table. `grouped` ends the names whose rows alternate for every key/value head, `transposed`
+    those whose matrices are stored [in, out]. Published files may lack `prefix` in all their names.
+    """
 
     name: str
     covers: str
@@ -94,7 +99,16 @@ class Family:
     groups: tuple[Group, ...] = (ROPE, window_group(None, "none"))
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     names: Mapping[str, str] = dataclasses.field(default_factory=lambda: LLAMA_NAMES)
+    grouped: tuple[str, ...] = ()
+    transposed: tuple[str, ...] = ()
+    prefix: str = ""
+    other_architectures: tuple[str, ...] = ()
     ignored_tensors: tuple[str, ...] = IGNORED_TENSORS
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """Names of the model's class in `architectures` of config.json; the first is written."""
+        return (self.architecture, *self.other_architectures)
 
     @property
     def _parts(self) -> list[Key | Group]:

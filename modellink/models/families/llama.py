@@ -1,12 +1,12 @@
-"""Llama and the families that differ from it by a switch: Mistral, InternLM, Aquila."""
+"""Llama and the families that differ from it by switches or fused tensors: Mistral, Aquila, MiniCPM, Phi-3, OLMo-2."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from modellink.config.schema import ModelConfig
-from modellink.models.families.family import ACTIVATION, ATTENTION_BIAS, Family, add, size_keys
-from modellink.models.families.spelling import ROPE, Group, Key, Keys, agree, read_rope, window_group
+from modellink.models.families.family import ACTIVATION, ATTENTION_BIAS, LLAMA_NAMES, Family, add, size_keys
+from modellink.models.families.spelling import ROPE, ROPE_TYPE, Group, Key, Keys, constant, renamed, window_group
 
 LLAMA = add(
     Family(
@@ -42,35 +42,80 @@ AQUILA = add(
 )
 
 
-def _read_rotary(keys: Keys) -> dict[str, Any]:
-    """rotary {"base", "type": "origin" | "dynamic", "scaling_factor"}; early files have none and rotate plainly."""
-    rotary = dict(keys.take("rotary") or {})
-    kind, factor = rotary.pop("type", "origin"), rotary.pop("scaling_factor", 1.0)
-    theta = agree(keys, "rotary.base", [keys.take("rope_theta"), rotary.pop("base", None)])
-    if kind not in ("origin", "dynamic") or rotary:
-        known = "base, type (origin or dynamic) and scaling_factor"
-        raise keys.fail("rotary", keys.content["rotary"], f"is not implemented; known: {known}.")
-    spelled = {
-        "rope_theta": theta,
-        "rope_scaling": {"rope_type": "dynamic", "factor": factor} if kind == "dynamic" else None,
-        "max_position_embeddings": keys.content["max_position_embeddings"],
+def _write_minicpm(config: ModelConfig) -> dict[str, Any]:
+    layers, hidden = config.num_layers or 1, config.hidden_size or 1
+    base = hidden / config.hidden_divisor
+    return {
+        "scale_emb": _short(config.embedding_multiplier),
+        # the decimal number that was read, where dividing and multiplying changed its last bit
+        "scale_depth": _short(round(config.residual_multiplier * layers**0.5, 12)),
+        "dim_model_base": _short(base),
     }
-    return read_rope(Keys(spelled, keys.where))
 
 
-def _write_rotary(config: ModelConfig) -> dict[str, Any]:
-    dynamic = config.rope_scaling == "dynamic"
-    factor = {"scaling_factor": config.rope_scaling_factor} if dynamic else {}
-    return {"rotary": {"base": config.rope_theta, "type": "dynamic" if dynamic else "origin", **factor}}
+def _short(value: float) -> float | int:
+    return int(value) if value == int(value) else value
 
 
-INTERNLM = add(
+def _read_minicpm(keys: Keys) -> dict[str, Any]:
+    scale, depth, base = (keys.take(name, 1) for name in ("scale_emb", "scale_depth", "dim_model_base"))
+    for name, value in (("scale_emb", scale), ("scale_depth", depth), ("dim_model_base", base)):
+        if not isinstance(value, int | float) or value <= 0:
+            raise keys.fail(name, value, "should be a number above 0.")
+    return {
+        "embedding_multiplier": float(scale),
+        "residual_multiplier": depth / int(keys.content["num_hidden_layers"]) ** 0.5,
+        "hidden_divisor": int(keys.content["hidden_size"]) / base,
+    }
+
+
+MINICPM = add(
     Family(
-        name="internlm",
-        covers="InternLM 7B and 65B (v1)",
-        architecture="InternLMForCausalLM",
-        model_type="internlm",
-        keys=(*size_keys(), ACTIVATION, Key("bias", ("qkv_bias", "attention_output_bias"), True)),
-        groups=(Group(_read_rotary, _write_rotary), window_group(None, "none")),
+        name="minicpm",
+        covers="MiniCPM 1B and 2B",
+        architecture="MiniCPMForCausalLM",
+        model_type="minicpm",
+        keys=(*size_keys(tied=True), ACTIVATION, ATTENTION_BIAS),
+        groups=(ROPE_TYPE, Group(_read_minicpm, _write_minicpm)),
+    )
+)
+
+PHI3 = add(
+    Family(
+        name="phi3",
+        covers="Phi-3 mini and medium with 4K positions, Phi-3.5 and Phi-4 without long-context scaling",
+        architecture="Phi3ForCausalLM",
+        model_type="phi3",
+        keys=(
+            *renamed(size_keys(epsilon=1e-5), head_dim=None),
+            ACTIVATION,
+            Key("resid_pdrop", "hidden_dropout", 0.0),
+        ),
+        groups=(ROPE, window_group(None, "all"), constant("attention_bias", False), constant("embd_pdrop", 0.0)),
+        names=LLAMA_NAMES
+        | {f"layers.{{}}.self_attn.{part}_proj": "model.layers.{}.self_attn.qkv_proj" for part in "qkv"}
+        | {f"layers.{{}}.mlp.{part}_proj": "model.layers.{}.mlp.gate_up_proj" for part in ("gate", "up")},
+    )
+)
+
+OLMO2 = add(
+    Family(
+        name="olmo2",
+        covers="OLMo-2 1B, 7B, 13B and 32B",
+        architecture="Olmo2ForCausalLM",
+        model_type="olmo2",
+        keys=(*renamed(size_keys(epsilon=1e-5), head_dim=None), ACTIVATION, ATTENTION_BIAS),
+        fixed={
+            "pre_norm": False,
+            "sandwich_norm": True,
+            "qk_norm": True,
+            "qk_norm_all_heads": True,
+            "norm_weight_in_fp32": True,
+        },
+        names={name: theirs for name, theirs in LLAMA_NAMES.items() if not name.endswith("layernorm")}
+        | {
+            "layers.{}.attention_output_norm": "model.layers.{}.post_attention_layernorm",
+            "layers.{}.mlp_output_norm": "model.layers.{}.post_feedforward_layernorm",
+        },
     )
 )

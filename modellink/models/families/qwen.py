@@ -1,9 +1,89 @@
-"""Qwen: Llama with biases on query, key and value (1.5, 2, 2.5), or with a norm on every query and key head (3)."""
+"""Qwen: Llama with biases on query, key and value (1, 1.5, 2, 2.5), or with a norm on every query and key head (3).
+
+The first one also stretches its rotation and its queries beyond the trained length, except in training.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+from modellink.config.schema import ModelConfig
 from modellink.models.families.family import ACTIVATION, ATTENTION_BIAS, Family, add, size_keys
-from modellink.models.families.spelling import ROPE, window_group
+from modellink.models.families.spelling import ROPE, Group, Key, Keys, constant, window_group
+
+
+def _read_width(keys: Keys) -> dict[str, Any]:
+    both = keys.take("intermediate_size")  # of gate and up together
+    if not isinstance(both, int) or both % 2:
+        raise keys.fail("intermediate_size", both, "should be an even number: the widths of gate and up together.")
+    return {"ffn_hidden_size": both // 2}
+
+
+def _read_window(keys: Keys) -> dict[str, Any]:
+    trained, longest = keys.take("seq_length", 2048), keys.content.get("max_position_embeddings")
+    if not isinstance(trained, int) or not isinstance(longest, int):
+        raise keys.fail("seq_length", trained, "and max_position_embeddings should be whole numbers.")
+    fields: dict[str, Any] = {}
+    if keys.take("use_dynamic_ntk", True):
+        fields |= {"rope_scaling": "dynamic_doubling", "rope_original_max_position": trained}
+    return fields | ({"query_log_window": trained} if keys.take("use_logn_attn", True) else {})
+
+
+def _write_window(config: ModelConfig) -> dict[str, Any]:
+    stretched = config.rope_scaling == "dynamic_doubling"
+    trained = config.rope_original_max_position if stretched else config.query_log_window
+    return {
+        "seq_length": trained or config.max_position_embeddings,
+        "use_dynamic_ntk": stretched,
+        "use_logn_attn": config.query_log_window is not None,
+    }
+
+
+_LAYER = "transformer.h.{}"
+QWEN = add(
+    Family(
+        name="qwen",
+        covers="Qwen 1.8B to 72B (the first generation)",
+        architecture="QWenLMHeadModel",
+        model_type="qwen",
+        keys=(
+            Key("num_hidden_layers", "num_layers"),
+            Key("hidden_size", "hidden_size"),
+            Key("num_attention_heads", "num_attention_heads"),
+            Key("kv_channels", "head_dim", 128),
+            Key("vocab_size", "vocab_size"),
+            Key("max_position_embeddings", "max_position_embeddings"),
+            Key("layer_norm_epsilon", "norm_epsilon", 1e-6),
+            Key("rotary_emb_base", "rope_theta", 10000),
+            Key("rotary_pct", "rope_fraction", 1.0),
+            Key("tie_word_embeddings", "tie_word_embeddings", False),
+            Key("attn_dropout_prob", "attention_dropout", 0.0),
+            Key("emb_dropout_prob", "hidden_dropout", 0.0),
+        ),
+        groups=(
+            Group(_read_width, lambda config: {"intermediate_size": 2 * (config.ffn_hidden_size or 0)}),
+            Group(_read_window, _write_window),
+            constant("no_bias", True),
+            constant("scale_attn_weights", True),
+        ),
+        fixed={"qkv_bias": True, "activation": "silu"},
+        names={
+            "embed_tokens": "transformer.wte",
+            "layers.{}.input_layernorm": f"{_LAYER}.ln_1",
+            "layers.{}.self_attn.q_proj": f"{_LAYER}.attn.c_attn",
+            "layers.{}.self_attn.k_proj": f"{_LAYER}.attn.c_attn",
+            "layers.{}.self_attn.v_proj": f"{_LAYER}.attn.c_attn",
+            "layers.{}.self_attn.o_proj": f"{_LAYER}.attn.c_proj",
+            "layers.{}.post_attention_layernorm": f"{_LAYER}.ln_2",
+            "layers.{}.mlp.gate_proj": f"{_LAYER}.mlp.w2",
+            "layers.{}.mlp.up_proj": f"{_LAYER}.mlp.w1",
+            "layers.{}.mlp.down_proj": f"{_LAYER}.mlp.c_proj",
+            "norm": "transformer.ln_f",
+            "lm_head": "lm_head",
+        },
+    ),
+    "qwen1",
+)
 
 QWEN2 = add(
     Family(

@@ -41,7 +41,11 @@ COSMETIC_KEYS = (
         dtype use_cache initializer_range pretraining_tp return_dict output_attentions output_hidden_states
         chunk_size_feed_forward id2label label2id num_labels problem_type finetuning_task task_specific_params
         tokenizer_class prefix torchscript keys_to_ignore_at_inference attn_implementation _attn_implementation
-        _flash_attn_2_enabled unsloth_fixed unsloth_version model_max_length max_sequence_length"""
+        _flash_attn_2_enabled unsloth_fixed unsloth_version model_max_length max_sequence_length _from_model_config
+        gradient_checkpointing use_flash_attn fp32 fp16 bf16 softmax_in_fp32 attention_softmax_in_fp32
+        bias_dropout_fusion masked_softmax_fusion skip_bias_add skip_bias_add_qkv offset_alibi slow_but_exact
+        apply_query_key_layer_scaling summary_type summary_use_proj summary_activation summary_proj_to_labels
+        summary_first_dropout is_decoder use_cache_kernel use_cache_quantization prefix_projection pre_seq_len"""
     )
 )
 DROPOUT_KEYS = words("hidden_dropout resid_pdrop embd_pdrop attn_pdrop embedding_dropout residual_dropout")
@@ -94,13 +98,15 @@ class Key:
     """One key <-> one field (or several that are always equal).
 
     `default` is what the family's original code assumes when the key is absent; None lets ModelConfig derive the size.
-    `values` translates enumerations; the first spelling of a value is the one written.
+    `values` translates enumerations; the first spelling of a value is the one written. `also` are further names under
+    which the key is read.
     """
 
     name: str
     field: str | tuple[str, ...]
     default: Any = REQUIRED
     values: Mapping[str, str] | None = None
+    also: tuple[str, ...] = ()
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -108,6 +114,9 @@ class Key:
 
     def read(self, keys: Keys) -> dict[str, Any]:
         value = keys.take(self.name, self.default)
+        for name in self.also:
+            value = agree(keys, name, [None if value is self.default else value, keys.take(name)])
+            value = self.default if value is None else value
         if value is REQUIRED:
             raise ModelLinkError(
                 f"{keys.where}: the key {self.name!r} is missing; the architecture is incomplete without it."
@@ -143,6 +152,29 @@ def _typed(keys: Keys, name: str, value: Any, kind: str) -> Any:
     if (plain == "bool" and isinstance(value, bool)) or (plain == "str" and isinstance(value, str)):
         return value
     raise keys.fail(name, value, f"should be of type {plain}.")
+
+
+def renamed(keys: tuple[Key, ...], **names: str | tuple[str, ...] | None) -> tuple[Key, ...]:
+    """`keys` with other names in config.json: the one written, or that and further ones read; None drops the key."""
+    found = []
+    for key in keys:
+        name = names.get(key.name, key.name)
+        if name is not None:
+            first, *also = (name,) if isinstance(name, str) else name
+            found.append(dataclasses.replace(key, name=first, also=tuple(also)))
+    return tuple(found)
+
+
+def constant(name: str, value: Any, default: Any = REQUIRED) -> Group:
+    """A key that must say `value`; `default` is what the family's code assumes without it, if something else."""
+
+    def read(keys: Keys) -> dict[str, Any]:
+        found = keys.take(name, value if default is REQUIRED else default)
+        if found != value:
+            raise keys.fail(name, found, f"is not implemented for this family; known: {value!r}.")
+        return {}
+
+    return Group(read, lambda config: {name: value})
 
 
 # rope: rope_theta, rope_scaling, rope_parameters, partial_rotary_factor ---------------------------------------------
@@ -240,7 +272,7 @@ def _write_rope(config: ModelConfig) -> dict[str, Any]:
         written["partial_rotary_factor"] = config.rope_fraction
     if config.rope_scaling is not None:
         scaling: dict[str, Any] = {"rope_type": config.rope_scaling}
-        for name, (field, default) in _ROPE_KEYS[config.rope_scaling].items():
+        for name, (field, default) in _ROPE_KEYS.get(config.rope_scaling, {}).items():
             value = getattr(config, field)
             if value != default:
                 scaling[name] = value
@@ -250,7 +282,15 @@ def _write_rope(config: ModelConfig) -> dict[str, Any]:
     return written
 
 
+def _write_rope_type(config: ModelConfig) -> dict[str, Any]:
+    written = _write_rope(config)
+    if written["rope_scaling"]:
+        written["rope_scaling"] = {"type": written["rope_scaling"].pop("rope_type"), **written["rope_scaling"]}
+    return written
+
+
 ROPE = Group(read_rope, _write_rope)
+ROPE_TYPE = Group(read_rope, _write_rope_type)  # for families whose own code knows the older key alone
 
 
 # window: sliding_window, use_sliding_window, max_window_layers, layer_types -----------------------------------------
