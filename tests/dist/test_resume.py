@@ -140,8 +140,9 @@ def test_killed_at_random_moments(runs: Runs) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_killed_at_random_moments_for_long(runs: Runs) -> None:
-    assert soak(runs, kills=60, seed=2) > 60
+    assert soak(runs, kills=40, seed=2) > 40
 
 
 TP2 = ["--tensor-model-parallel-size", "2"]
