@@ -1,31 +1,45 @@
-"""`modellink convert` and `convert_ckpt.py`: Hugging Face folder <-> native checkpoint."""
+"""`modellink convert` and `convert_ckpt.py`: weights between Hugging Face, Megatron's and native folders."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from modellink.config.convert_schema import ConvertConfig
 from modellink.config.load import load_section
 from modellink.errors import ModelLinkError
+from modellink.registry import suggest
 
-# Every spelling of a format -> the format. Megatron's files are named here to say that they come later.
+# Every spelling of a format -> the format; Megatron's is Core or Legacy by further options.
 FORMATS = {
     "hf": "hf",
     "llama2_hf": "hf",
     "save_huggingface_llama": "hf",
     "native": "native",
-    "mg": "Megatron",
-    "megatron": "Megatron",
-    "mcore": "Megatron",
-    "legacy": "Megatron",
+    "mg": "mg",
+    "megatron": "mg",
+    "mcore": "mcore",
+    "legacy": "legacy",
 }
 
 
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-# The others describe Megatron's files.
-USED = ("load_dir", "save_dir", "load_model_type", "save_model_type", "loader", "saver", "params_dtype")
+USED = (
+    *("load_dir", "save_dir", "load_model_type", "save_model_type", "loader", "saver", "params_dtype"),
+    *("model_type_hf", "config_from", "true_vocab_size", "load_from_legacy"),
+)
+# These shape Megatron's files.
+LAYOUT = (
+    *("use_mcore_models", "save_to_legacy", "tensor_parallel", "pipeline_parallel", "layers_per_stage"),
+    *("layers_per_virtual_stage", "vocab_multiple"),
+)
+# These say again what the weights and their configuration say.
+DESCRIBED = (
+    *("tokenizer_model", "vocab_file", "qkv_bias", "attention_output_bias", "embedding_norm", "sandwich_norm"),
+    *("moe_grouped_gemm", "w_pack"),
+)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -35,37 +49,56 @@ def run(argv: Sequence[str]) -> int:
         raise ModelLinkError("convert needs --load-dir FOLDER and --save-dir FOLDER.")
     if config.lora_load:
         raise ModelLinkError("--lora-load is refused: merging adapters is not built yet.")
+    if config.expert_parallel != 1:
+        raise ModelLinkError("--target-expert-parallel-size is refused: Megatron's files of experts are not built yet.")
     target = _format(config.save_model_type or config.saver, "--save-model-type")
     if target is None:
-        raise ModelLinkError("--save-model-type is missing: give hf or native.")
+        raise ModelLinkError("--save-model-type is missing: give hf, native, mcore, legacy or mg.")
     _format(config.load_model_type or config.loader, "--load-model-type")
+    if target == "mg":
+        target = "mcore" if config.use_mcore_models and not config.save_to_legacy else "legacy"
+    native = target in ("hf", "native")
+    read = (*USED, *DESCRIBED) if native else (*USED, *DESCRIBED, *LAYOUT)
     idle = [
         "--" + option.name.replace("_", "-")
         for option in dataclasses.fields(config)
-        if option.name not in USED and getattr(config, option.name) != option.default
+        if option.name not in read and getattr(config, option.name) != option.default
     ]
     if idle:
         print(
-            f"modellink: warning: {', '.join(idle)} shape Megatron's files: no effect between hf and native",
+            f"modellink: warning: {', '.join(idle)} shape Megatron's files: no effect on the format {target}",
             file=sys.stderr,
         )
     import torch
 
     from modellink.checkpoint.convert import convert
 
-    dtype = getattr(torch, DTYPES[config.params_dtype]) if config.params_dtype else None
-    convert(config.load_dir, config.save_dir, to=target, dtype=dtype)
+    layout: dict[str, Any] = (
+        {}
+        if native
+        else {
+            "tensor_parallel": config.tensor_parallel,
+            "pipeline_parallel": config.pipeline_parallel,
+            "layers_per_stage": config.layers_per_stage,
+            "layers_per_virtual_stage": config.layers_per_virtual_stage,
+            "vocab_multiple": config.vocab_multiple,
+        }
+    )
+    convert(
+        config.load_dir,
+        config.save_dir,
+        to=target,
+        dtype=getattr(torch, DTYPES[config.params_dtype]) if config.params_dtype else None,
+        vocab_size=config.true_vocab_size,
+        family=config.model_type_hf,
+        config_from=config.config_from,
+        **layout,
+    )
     print(f"{config.save_dir}: written in the format {target}")
     return 0
 
 
 def _format(name: str | None, flag: str) -> str | None:
-    if name is None:
-        return None
-    if name not in FORMATS:
-        raise ModelLinkError(f"{flag} {name} is unknown: use hf or native.")
-    if FORMATS[name] == "Megatron":
-        raise ModelLinkError(
-            f"{flag} {name} is refused: Megatron's checkpoint files are not built yet; use hf or native."
-        )
-    return FORMATS[name]
+    if name is not None and name not in FORMATS:
+        raise ModelLinkError(f"{flag} {name} is unknown: use hf, native, mcore, legacy or mg.{suggest(name, FORMATS)}")
+    return None if name is None else FORMATS[name]

@@ -20,10 +20,15 @@ class ConvertConfig:
     load_dir: str | None = option(None, help="folder that is read")
     save_dir: str | None = option(None, help="folder that is written")
     load_model_type: str | None = option(None, help="format read: hf, native, mg; default: what the folder holds")
-    save_model_type: str | None = option(None, help="format written: hf, native, mg (Megatron)")
+    save_model_type: str | None = option(None, help="format written: hf, native, mcore, legacy, mg (Megatron)")
     loader: str | None = option(None, help="older spelling of the format read: llama2_hf, megatron")
     saver: str | None = option(None, help="older spelling of the format written: megatron, save_huggingface_llama")
     model_type_hf: str = option("llama2", choices=tuple(FAMILIES_HF.split()), help="family of the Hugging Face folder")
+    config_from: str | None = option(
+        None,
+        help="Hugging Face folder whose config.json says the architecture of Megatron's files; default: one in the "
+        "folder read or written, else what the files say",
+    )
     tokenizer_model: str | None = option(None, help="tokenizer file, for the size of the vocabulary")
     use_mcore_models: bool = option(False, help="the Megatron side is Megatron-Core, not Megatron-Legacy")
     load_from_legacy: bool = option(False, help="read Megatron-Legacy")

@@ -44,7 +44,7 @@ def test_verb_help_lists_every_option(verb: str, capsys: pytest.CaptureFixture[s
         (["train", "--model", "llama2"], ["preset 'llama2'", "llama2-7b"]),
         (["models", "a", "b"], ["one preset name"]),
         (["convert", "--load-dir", "a"], ["--save-dir"]),
-        (["convert", "--load-dir", "a", "--save-dir", "b", "--save-model-type", "mg"], ["mg", "not built yet"]),
+        (["convert", "--load-dir", "a", "--save-dir", "b", "--save-model-type", "mg"], ["no checkpoint at a"]),
         (["convert", "--load-dir", "a", "--save-dir", "b", "--save-model-type", "x"], ["x is unknown"]),
         (["convert", "--load-dir", "a", "--save-dir", "b"], ["--save-model-type is missing"]),
     ],

@@ -1,0 +1,168 @@
+"""Megatron's names and cuts: which of our tensors make up one of its, and how tensor parallelism divides it.
+
+One row per module, read in both directions. `cut` says what a tensor-parallel rank holds:
+
+    whole     all of it (norms, and biases added after the ranks are summed)
+    rows      an equal share of the rows (vocabulary matrices, plain MLP input)
+    columns   an equal share of the columns (attention and MLP outputs); a bias is whole
+    qkv       an equal share of the KV groups; per group its query heads, then its key head, then its value head
+    gated     its share of the gate's rows, then its share of the up projection's rows
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from modellink.config.schema import ModelConfig
+from modellink.errors import ModelLinkError
+
+MCORE, LEGACY = "mcore", "legacy"
+NUMBER = re.compile(r"(?<=\blayers\.)\d+(?=\.)")
+
+
+class Row(NamedTuple):
+    """`ours`: canonical module names; None where a dialect has no such module. `linear` ones carry an extra state."""
+
+    ours: tuple[str, ...]
+    cut: str
+    mcore: str | None
+    legacy: str | None
+    linear: bool = False
+
+    def name(self, dialect: str) -> str | None:
+        return self.mcore if dialect == MCORE else self.legacy
+
+
+_L, _D, _E = "layers.{}.", "decoder.layers.{}.", "language_model.encoder.layers.{}."
+_A = "self_attention."
+_EMBEDDING = "embedding.word_embeddings"
+_ROWS = (
+    Row(("embed_tokens",), "rows", _EMBEDDING, f"language_model.{_EMBEDDING}"),
+    Row(
+        ("embed_positions",),
+        "whole",
+        "embedding.position_embeddings",
+        "language_model.embedding.position_embeddings",
+    ),
+    Row(("embed_norm",), "whole", f"{_EMBEDDING}.norm", f"language_model.{_EMBEDDING}.norm"),
+    Row((f"{_L}input_layernorm",), "whole", f"{_D}input_layernorm", f"{_E}input_norm"),
+    Row(
+        (f"{_L}self_attn.q_proj", f"{_L}self_attn.k_proj", f"{_L}self_attn.v_proj"),
+        "qkv",
+        f"{_D}{_A}linear_qkv",
+        f"{_E}{_A}query_key_value",
+        True,
+    ),
+    Row((f"{_L}self_attn.o_proj",), "columns", f"{_D}{_A}linear_proj", f"{_E}{_A}dense", True),
+    Row((f"{_L}self_attn.q_norm",), "whole", f"{_D}{_A}q_layernorm", None),
+    Row((f"{_L}self_attn.k_norm",), "whole", f"{_D}{_A}k_layernorm", None),
+    Row((f"{_L}attention_output_norm",), "whole", f"{_D}post_attn_norm", None),
+    Row((f"{_L}post_attention_layernorm",), "whole", f"{_D}pre_mlp_layernorm", f"{_E}post_attention_norm"),
+    Row((f"{_L}mlp_output_norm",), "whole", f"{_D}post_mlp_layernorm", None),
+    Row((f"{_L}mlp.down_proj",), "columns", f"{_D}mlp.linear_fc2", f"{_E}mlp.dense_4h_to_h", True),
+    Row(("norm",), "whole", "decoder.final_layernorm", "language_model.encoder.final_norm"),
+    Row(("lm_head",), "rows", "output_layer", "language_model.output_layer", True),
+)
+_MLP_IN = (f"{_D}mlp.linear_fc1", f"{_E}mlp.dense_h_to_4h")
+_GATED = Row((f"{_L}mlp.gate_proj", f"{_L}mlp.up_proj"), "gated", *_MLP_IN, True)
+_PLAIN = Row((f"{_L}mlp.up_proj",), "rows", *_MLP_IN, True)
+# the copy of a tied embedding that the last stage multiplies by
+TIED_HEAD = {MCORE: "output_layer", LEGACY: "word_embeddings_for_head"}
+# spellings of other builds, read and never written: norms fused into the projection after them, and older names
+_READABLE = {
+    f"{_A}linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+    "language_model.transformer.": "language_model.encoder.",
+    ".attention.": f".{_A}",
+    "encoder.final_layernorm.": "encoder.final_norm.",
+}
+_READABLE_LEGACY = {".input_layernorm.": ".input_norm.", ".post_attention_layernorm.": ".post_attention_norm."}
+
+
+def rows_of(config: ModelConfig) -> dict[str, Row]:
+    """Canonical module name, {} for the layer -> its row."""
+    table = (*_ROWS, _GATED if config.gated_mlp else _PLAIN)
+    return {name: row for row in table for name in row.ours}
+
+
+def find_row(config: ModelConfig, canonical: str, dialect: str) -> tuple[Row, str, str, str]:
+    """(row, its name in `dialect`, weight or bias, layer or "") of a parameter; ModelLinkError where there is none."""
+    module, _, suffix = canonical.rpartition(".")
+    number = NUMBER.search(module)
+    row = rows_of(config).get(NUMBER.sub("{}", module, count=1))
+    name = row.name(dialect) if row else None
+    if row is None or name is None:
+        fix = "write Megatron-Core" if row else "only dense models are converted, so use the native format"
+        raise ModelLinkError(
+            f"Megatron-{'Core' if dialect == MCORE else 'Legacy'} has no place for {canonical!r}: {fix}."
+        )
+    return row, name, suffix, number[0] if number else ""
+
+
+def normalised(name: str) -> str:
+    """The spelling written here of a name that any build may have written."""
+    legacy = name.startswith("language_model.")
+    for theirs, ours in (_READABLE | (_READABLE_LEGACY if legacy else {})).items():
+        name = name.replace(theirs, ours)
+    return name
+
+
+def nested(flat: Mapping[str, object]) -> dict[str, object]:
+    """Legacy's dictionaries: the embedding by module, the encoder flat, the head by its parameters."""
+    model: dict[str, object] = {}
+    for name, value in flat.items():
+        *path, last = name.split(".")
+        if path[:2] == ["language_model", "encoder"]:
+            path, last = path[:2], ".".join((*path[2:], last))
+        elif path[-1] == "norm":
+            path, last = path[:-1], f"norm.{last}"
+        place = model
+        for key in path:
+            place = place.setdefault(key, {})  # type: ignore[assignment]
+        place[last] = value
+    return model
+
+
+def flattened(model: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Every leaf of nested dictionaries under its dotted name."""
+    flat: dict[str, object] = {}
+    for name, value in model.items():
+        if isinstance(value, Mapping):
+            flat |= flattened(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def cut(row: Row, parts: Sequence[Tensor], rank: int, ranks: int, config: ModelConfig) -> Tensor:
+    """What tensor-parallel rank `rank` of `ranks` holds of the full tensors `parts`, in the order of `row.ours`."""
+    if row.cut == "whole" or (row.cut == "columns" and parts[0].dim() == 1):
+        return parts[0]
+    if row.cut == "columns":
+        return parts[0].chunk(ranks, dim=1)[rank]
+    shares = [part.chunk(ranks)[rank] for part in parts]
+    if row.cut == "qkv":
+        groups = (config.num_key_value_heads or 1) // ranks
+        rest = parts[0].shape[1:]
+        return torch.cat([share.reshape(groups, -1, *rest) for share in shares], dim=1).reshape(-1, *rest)
+    return torch.cat(shares) if len(shares) > 1 else shares[0]
+
+
+def join(row: Row, shares: Sequence[Tensor], config: ModelConfig) -> list[Tensor]:
+    """The full tensors, in the order of `row.ours`, from what every rank holds; undoes `cut`."""
+    if row.cut == "whole" or (row.cut == "columns" and shares[0].dim() == 1):
+        return [shares[0]]
+    if len(row.ours) == 1:
+        return [torch.cat(list(shares), dim=1 if row.cut == "columns" else 0) if len(shares) > 1 else shares[0]]
+    if row.cut == "gated":
+        return [torch.cat(halves) for halves in zip(*(share.chunk(2) for share in shares), strict=True)]
+    heads, groups, size = config.num_attention_heads or 1, config.num_key_value_heads or 1, config.head_dim or 1
+    rest = shares[0].shape[1:]
+    widths = [heads // groups * size, size, size]
+    grouped = [share.reshape(-1, sum(widths), *rest).split(widths, dim=1) for share in shares]
+    return [torch.cat([part.reshape(-1, *rest) for part in parts]) for parts in zip(*grouped, strict=True)]
