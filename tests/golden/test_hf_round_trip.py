@@ -49,6 +49,8 @@ NATIVE: dict[str, tuple[type, dict[str, Any]]] = {
     "qwen2": (transformers.Qwen2Config, {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "qwen3": (transformers.Qwen3Config, {"num_key_value_heads": 2, "tie_word_embeddings": True, "head_dim": 16}),
     "gemma": (transformers.GemmaConfig, {"num_key_value_heads": 1, "head_dim": 16}),
+    "phi3": (transformers.Phi3Config, {"num_key_value_heads": 2, "sliding_window": 16, "pad_token_id": 0}),
+    "olmo2": (transformers.Olmo2Config, {"num_key_value_heads": 2, "pad_token_id": 0}),
     "gemma2": (transformers.Gemma2Config, {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 16}),
 }
 # families whose code is beside their weights; config.json as published but for the sizes
