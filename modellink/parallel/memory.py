@@ -60,8 +60,9 @@ def layer_parameters(model: ModelConfig, tensor: int) -> int:
     ups = 2 if model.gated_mlp else 1
     split = D * (query + 2 * key_value) + query * D + (ups + 1) * D * F
     split += (query + 2 * key_value) * model.qkv_bias + ups * F * model.mlp_bias
-    whole = D * model.attention_output_bias + D * model.mlp_bias + 2 * model.head_dim * norm * model.qk_norm
-    whole += (4 if model.sandwich_norm else 2) * D * norm
+    normed = query + key_value if model.qk_norm_all_heads else 2 * model.head_dim
+    whole = D * model.attention_output_bias + D * model.mlp_bias + normed * norm * model.qk_norm
+    whole += 2 * (model.pre_norm + model.sandwich_norm) * D * norm
     return split // tensor + whole
 
 
