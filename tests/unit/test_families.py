@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modellink.checkpoint.hf import expected_shapes, load_hf, read_config, save_hf
@@ -462,3 +462,25 @@ def test_what_is_not_implemented_is_said(name: str, change: dict[str, Any], sent
     with pytest.raises(ModelLinkError) as caught:
         read_config(tmp_path)
     assert sentence in str(caught.value)
+
+
+def test_a_fused_tensor_that_is_missing_or_misshapen(tmp_path: Path) -> None:
+    """Named as it is called in the files, before anything is loaded; and an export wants every part of it."""
+    peer_of("phi3", {}).save_pretrained(tmp_path)
+    file, fused = tmp_path / "model.safetensors", "model.layers.1.self_attn.qkv_proj.weight"
+    model, state = ours_from(tmp_path), load_file(file)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for damaged, sentence in (
+        ({name: value for name, value in state.items() if name != fused}, f"lacks the tensor '{fused}'"),
+        (state | {fused: state[fused][:-8].contiguous()}, f"tensor '{fused}' has shape [72, 48], the model wants [80"),
+        (state | {fused.replace("qkv", "q"): state[fused][:48].clone()}, "q_proj.weight' fits nowhere"),
+    ):
+        save_file({name: value + 1 for name, value in damaged.items()}, file, metadata={"format": "pt"})
+        with pytest.raises(ModelLinkError) as caught:
+            load_hf(model, tmp_path, progress=False)
+        assert sentence in str(caught.value)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    parts = [(name, value) for name, value in model.named_parameters() if name != "layers.1.self_attn.k_proj.weight"]
+    with pytest.raises(ModelLinkError, match="1 tensors never came, the first is 'layers.1.self_attn.k_proj.weight'"):
+        save_hf(tmp_path / "out", parts, model.config)
+    assert not (tmp_path / "out").exists()
