@@ -186,7 +186,8 @@ class MegatronFolder:
                 _MODEL.fullmatch(str(key)) and isinstance(value, dict) for key, value in content.items()
             ):
                 raise ModelLinkError(f"{file} is not a checkpoint of Megatron: it holds no 'model'.")
-            contents[rank] = {key: value for key, value in content.items() if key == "args" or _MODEL.fullmatch(key)}
+            kept = {str(key): value for key, value in content.items()}
+            contents[rank] = {key: value for key, value in kept.items() if key == "args" or _MODEL.fullmatch(key)}
         self.tensor_parallel = 1 + max(rank for rank, _ in files)
         self.pipeline_parallel = 1 + max(stage for _, stage in files)
         return contents

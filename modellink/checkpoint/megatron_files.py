@@ -37,7 +37,8 @@ _STORAGES = _FLOATS | {
 }
 # what a checkpoint holds beside weights: enumerations of the program, numpy's random state, extension states
 _INERT_PACKAGES = ("megatron", "modellink", "mindspeed", "numpy", "signal", "enum", "_codecs", "_io", "io", "pathlib")
-_INERT_NAMES = (("torch", "device"), ("builtins", "getattr"), ("__builtin__", "getattr"))
+_UNUSED = ("getattr", "bytearray")
+_INERT_NAMES = (("torch", "device"), *((module, name) for module in ("builtins", "__builtin__") for name in _UNUSED))
 _ALIGNMENT = 64
 
 
@@ -96,9 +97,9 @@ class Inert:
 class _Reader(pickle.Unpickler):
     """Unpickles with the names of `find_class` alone; classes are made per file, so that none can be changed."""
 
-    def __init__(self, handle: BinaryIO, file: Path, starts: dict[str, int]) -> None:
+    def __init__(self, handle: BinaryIO, file: Path, starts: dict[str, int], sizes: dict[str, int]) -> None:
         super().__init__(handle)
-        self.file, self.starts = file, starts
+        self.file, self.starts, self.sizes = file, starts, sizes
         self.known: dict[tuple[str, str], Any] = {
             ("collections", "OrderedDict"): collections.OrderedDict,
             ("argparse", "Namespace"): type("Namespace", (), {}),
@@ -106,8 +107,8 @@ class _Reader(pickle.Unpickler):
             ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
             ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
             **{("torch", name): dtype for name, dtype in _STORAGES.items()},
-            **{("builtins", kind.__name__): kind for kind in (set, frozenset, bytearray, complex, slice)},
-            **{("__builtin__", kind.__name__): kind for kind in (set, frozenset, bytearray, complex, slice)},
+            **{("builtins", kind.__name__): kind for kind in (set, frozenset, complex, slice)},
+            **{("__builtin__", kind.__name__): kind for kind in (set, frozenset, complex, slice)},
         }
 
     def find_class(self, module: str, name: str) -> Any:
@@ -123,10 +124,10 @@ class _Reader(pickle.Unpickler):
         )
 
     def persistent_load(self, pid: Any) -> _Storage:
-        _, dtype, key, _, count = pid
-        if key not in self.starts:
-            raise ModelLinkError(f"{self.file} is damaged: it lacks the storage {key}; copy the file again.")
-        return _Storage(dtype, key, count)
+        _, dtype, key, _, numel = pid
+        if not isinstance(dtype, torch.dtype) or self.sizes.get(key, -1) < numel * dtype.itemsize or numel < 0:
+            raise ModelLinkError(f"{self.file} is damaged: the storage {key} is missing or short; copy the file again.")
+        return _Storage(dtype, key, numel)
 
     def _tensor(
         self, storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: object
@@ -153,8 +154,9 @@ def read_torch_file(file: Path) -> Any:
                     for name, info in entries.items()
                     if name.startswith("data/")
                 }
+            sizes = {name.removeprefix("data/"): info.file_size for name, info in entries.items()}
             with archive.open(entries["data.pkl"]) as pickled:
-                return _Reader(pickled, file, starts).load()  # type: ignore[arg-type]
+                return _Reader(pickled, file, starts, sizes).load()  # type: ignore[arg-type]
     except ModelLinkError:
         raise
     except Exception as error:  # a damaged pickle fails in any way there is
