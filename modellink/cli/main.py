@@ -23,7 +23,7 @@ VERBS: dict[str, str] = {
     "generate": "answer prompts: demonstrations, command line, files",
     "chat": "chat with a model in the terminal",
     "evaluate": "score a model on benchmarks",
-    "convert": "Hugging Face folder <-> checkpoint",
+    "convert": "Hugging Face, native and Megatron folders, each into each",
     "models": "list families and presets",
     "env": "versions, devices, backends",
 }
