@@ -22,9 +22,9 @@ from typing import Any
 
 from modellink.config.flags import spell
 from modellink.config.resolved import ResolvedConfig
-from modellink.config.schema import ModelConfig
 from modellink.config.validate import layout_problem
 from modellink.errors import ModelLinkError
+from modellink.models.count import layer_parameters, outer_parameters
 
 _FIELDS = ("zero_stage", "recompute_granularity", "tensor_parallel", "pipeline_parallel")
 
@@ -50,34 +50,6 @@ class MemoryEstimate:
 def gib(size: float) -> str:
     """ "12.3 GiB"."""
     return f"{size / 2**30:,.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:,.1f} MiB"
-
-
-def layer_parameters(model: ModelConfig, tensor: int) -> int:
-    """Parameters of one decoder layer on one of `tensor` tensor-parallel ranks (the plan of parallel/plan.py)."""
-    D, F = model.hidden_size, model.ffn_hidden_size
-    query, key_value = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
-    norm = 1 if model.normalization == "RMSNorm" else 2
-    ups = 2 if model.gated_mlp else 1
-    split = D * (query + 2 * key_value) + query * D + (ups + 1) * D * F
-    split += (query + 2 * key_value) * model.qkv_bias + ups * F * model.mlp_bias
-    normed = query + key_value if model.qk_norm_all_heads else 2 * model.head_dim
-    whole = D * model.attention_output_bias + D * model.mlp_bias + normed * norm * model.qk_norm
-    whole += 2 * (model.pre_norm + model.sandwich_norm) * D * norm
-    return split // tensor + whole
-
-
-def outer_parameters(model: ModelConfig, tensor: int, first: bool, last: bool) -> int:
-    """Parameters outside the layers that a stage holds on one tensor-parallel rank."""
-    D, V = model.hidden_size, model.padded_vocab_size or 0
-    norm = 1 if model.normalization == "RMSNorm" else 2
-    count = 0
-    if first:
-        count += V * D // tensor + D * norm * model.embedding_norm
-        count += (model.max_position_embeddings or 0) * D * (model.position_embedding == "learned_absolute")
-    if last:
-        own_head = not (model.tie_word_embeddings and first)  # a tied pair on two stages is two copies
-        count += D * norm + V * D // tensor * own_head + V // tensor * model.lm_head_bias
-    return count
 
 
 class _Layout:

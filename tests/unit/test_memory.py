@@ -11,16 +11,10 @@ from torch import Tensor
 from modellink.config.load import load_config
 from modellink.config.resolved import ResolvedConfig
 from modellink.errors import ModelLinkError
-from modellink.models.count import count_parameters
+from modellink.models.count import count_parameters, layer_parameters, outer_parameters
 from modellink.models.decoder import Decoder
 from modellink.parallel.apply import build_model
-from modellink.parallel.memory import (
-    check_memory,
-    estimate_memory,
-    layer_parameters,
-    nearest_fit,
-    outer_parameters,
-)
+from modellink.parallel.memory import check_memory, estimate_memory, nearest_fit
 from modellink.parallel.plan import split_dimension
 from modellink.parallel.topology import Topology
 from modellink.train.engine import Engine
