@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from original_code import InferenceMoE, assert_as_original, stack_experts
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -21,7 +19,7 @@ from modellink.models.attention import AttentionMask
 from modellink.models.cache import KVCache, LayerCache
 from modellink.models.decoder import Decoder
 from modellink.models.mla import LatentAttention, MLAConfig, rope_config
-from modellink.models.moe import MoE, MoEConfig, Routing
+from modellink.models.moe import MoEConfig
 from modellink.models.rope import RopeTable, RotaryEmbedding
 
 YARN = {
@@ -70,7 +68,7 @@ def table(config: ModelConfig, mla: MLAConfig, positions: Tensor) -> RopeTable:
     return RotaryEmbedding(rope_config(config, mla))(positions, torch.float32)
 
 
-def close(mine: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
+def assert_close(mine: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
     assert mine.shape == theirs.shape
     assert (mine - theirs).abs().max() <= tolerance * theirs.abs().max()
 
@@ -119,14 +117,14 @@ def test_equals_transformers(version: int, q_rank: int | None, yarn: bool, bias:
     out_theirs, _ = reference(
         x_theirs, position_embeddings=rotary(x_theirs, positions), attention_mask=causal(length), past_key_values=None
     )
-    close(out_mine, out_theirs)
+    assert_close(out_mine, out_theirs)
     weight = torch.randn(out_mine.shape, generator=torch.Generator().manual_seed(2))
     (out_mine * weight).sum().backward()
     (out_theirs * weight).sum().backward()
-    close(x_mine.grad, x_theirs.grad)
+    assert_close(x_mine.grad, x_theirs.grad)
     gradients = {name: parameter.grad for name, parameter in reference.named_parameters()}
     for name, parameter in mine.named_parameters():
-        close(parameter.grad, gradients[name])
+        assert_close(parameter.grad, gradients[name])
     assert sum(p.numel() for p in mine.parameters()) == latent.parameters(config, mla)
 
 
@@ -150,7 +148,7 @@ def test_cached_decoding_equals_one_pass(q_rank: int | None, padded: bool) -> No
             rope = table(config, mla, positions[:, start:end])
             pieces.append(attention(x[:, start:end], rope=rope, mask=mask, cache=cache))
     real = (torch.arange(length) >= first_key[:, None]) if padded else torch.ones(batch, length, dtype=torch.bool)
-    close(torch.cat(pieces, 1)[real], whole[real])
+    assert_close(torch.cat(pieces, 1)[real], whole[real])
     assert cache.length == length
     assert cache._keys is not None and cache._values is not None
     assert cache._keys.shape[-1] + cache._values.shape[-1] == mla.kv_lora_rank + mla.qk_rope_head_dim
@@ -176,7 +174,7 @@ def test_adapted_projection_is_expanded() -> None:
         steps = [
             attention(x[:, i : i + 1], rope=None, mask=AttentionMask(1, i + 1, x.device), cache=cache) for i in range(4)
         ]
-    close(torch.cat(steps, 1), whole)
+    assert_close(torch.cat(steps, 1), whole)
 
 
 def test_latent_norm_can_be_left_out() -> None:
@@ -197,13 +195,6 @@ def test_flops_by_hand() -> None:
     direct = dataclasses.replace(mla, q_lora_rank=None)
     by_hand += 36 * 3 * 16 - 36 * 18 - 18 * 3 * 16
     assert latent.forward_flops(config, direct, 7) == 2 * by_hand
-
-
-class InferenceMoE(MoE):
-    """Passes no gradient through the routed experts: the original code runs them so outside training."""
-
-    def _routed(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        return super()._routed(x_TD, routing).detach()
 
 
 def test_deepseek_v2_from_its_original_code(shared: Path) -> None:
@@ -248,33 +239,13 @@ def test_deepseek_v2_from_its_original_code(shared: Path) -> None:
         layer.self_attn = LatentAttention(config, mla, index)
         if index >= settings["first_k_dense_replace"]:
             layer.mlp = InferenceMoE(config, moe)
-    model.load_state_dict(stack_experts(load_file(folder / "model.safetensors")), strict=True)
-
-    reference = np.load(folder / "ref.npz")
-    tokens = torch.tensor(reference["input_ids"])
-    logits = model(tokens)
-    torch.testing.assert_close(logits, torch.tensor(reference["logits"]), atol=2e-5, rtol=0)
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-    loss.backward()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    assert loss.item() == pytest.approx(float(reference["loss"]), rel=1e-6)
-    assert norm.item() == pytest.approx(float(reference["grad_norm"]), rel=1e-5)
+    state = {name.removeprefix("model."): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    names = ("gate_proj", "up_proj", "down_proj")
+    model.load_state_dict(stack_experts(state, dict(zip(names, names, strict=True))), strict=True)
+    reference = assert_as_original(model, folder)
     with torch.no_grad():
-        cache, fed, greedy = KVCache(config.num_layers), tokens, []
+        cache, fed, greedy = KVCache(config.num_layers), torch.tensor(reference["input_ids"]), []
         for _ in range(reference["greedy"].shape[1]):
             fed = model(fed, cache=cache, last_only=True).argmax(-1)
             greedy.append(fed)
     assert torch.equal(torch.cat(greedy, 1), torch.tensor(reference["greedy"]))
-
-
-def stack_experts(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`mlp.experts.E.gate_proj.weight` one by one -> `mlp.experts.gate_proj` [E, F, D]; "model." is left out."""
-    out: dict[str, Tensor] = {}
-    stacks: dict[str, dict[int, Tensor]] = {}
-    for name, tensor in state.items():
-        name = name.removeprefix("model.")
-        if found := re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)\.weight", name):
-            stacks.setdefault(f"{found[1]}.{found[3]}", {})[int(found[2])] = tensor
-        else:
-            out[name] = tensor
-    return out | {name: torch.stack([parts[i] for i in range(len(parts))]) for name, parts in stacks.items()}
