@@ -29,7 +29,14 @@ from modellink.checkpoint.hf import (
     save_hf,
 )
 from modellink.checkpoint.megatron import Layout, MegatronFolder, find_step, write_megatron
-from modellink.checkpoint.store import EXTRA, CheckpointStore, is_native_step, load_full, read_tensor_names
+from modellink.checkpoint.store import (
+    EXTRA,
+    CheckpointStore,
+    holds_native,
+    is_native_step,
+    load_full,
+    read_tensor_names,
+)
 from modellink.config.architecture import read_native
 from modellink.config.load import dump_config, load_config
 from modellink.config.resolved import ResolvedConfig
@@ -54,13 +61,11 @@ class _Source:
 
 def hf_to_native(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
     """Write step 1 of a native checkpoint with the weights of a Hugging Face folder, by default each in its dtype."""
-    config = read_config(source)
-    config.padded_vocab_size = config.vocab_size
+    opened = _open_hf(source)
     resolved = load_config(["--hf-path", str(source)], program="generate")
     resolved.program = "train"  # what is written describes a run
-    resolved.set("model.padded_vocab_size", config.padded_vocab_size, "converted weights")
-    stream = read_hf(source, config)
-    _write_native(target, _Source("hf", config, stream, read_extras(source), source), resolved, dtype)
+    resolved.set("model.padded_vocab_size", opened.config.padded_vocab_size, "converted weights")
+    _write_native(target, opened, resolved, dtype)
 
 
 def native_to_hf(source: Path, target: Path, dtype: torch.dtype | None = None, *, progress: bool = False) -> None:
@@ -107,7 +112,7 @@ def _open_megatron(source: Path, original: Path | None, family: str | None, voca
     config = folder.config(family) if original is None else read_config(original)
     config.vocab_size = config.padded_vocab_size = vocab_size or config.vocab_size
     extras = folder.extras if original is None else read_extras(original)
-    beside = next((place for place in (original, source) if place and any(place.glob("tokenizer*"))), None)
+    beside = next((place for place in (original, source) if place and _has_tokenizer(place)), None)
     stream = track(folder.tensors(config), "Reading weights", total=len(expected_shapes(config)))
     return _Source(folder.dialect, config, stream, extras, beside or original)
 
@@ -123,10 +128,14 @@ def _describe(source: _Source) -> ResolvedConfig:
     resolved = ResolvedConfig(config, origins, "train")
     for option in dataclasses.fields(source.config):
         resolved.set(f"model.{option.name}", getattr(source.config, option.name), "converted weights")
-    if source.companions is not None and any(source.companions.glob("tokenizer*")):
+    if source.companions is not None and _has_tokenizer(source.companions):
         resolved.set("tokenizer.tokenizer_type", "PretrainedFromHF", "converted tokenizer")
         resolved.set(_TOKENIZER, str(source.companions), "converted tokenizer")
     return resolved
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(folder.glob("tokenizer*"))
 
 
 def _tokenizer_folder(step: Path) -> Path | None:
@@ -135,7 +144,7 @@ def _tokenizer_folder(step: Path) -> Path | None:
     beside = step.absolute().parent
     if named and Path(named).is_dir():
         return Path(named)
-    if any(beside.glob("tokenizer*")):
+    if _has_tokenizer(beside):
         return beside
     if named:
         print(
@@ -189,7 +198,7 @@ def convert(
         raise ModelLinkError(
             f"the format {to} loads at every layout: leave out the sizes, which shape Megatron's files."
         )
-    native = is_native_step(source) or bool(CheckpointStore(source, local=True).iterations())
+    native = holds_native(source)
     if not native and find_step(source) is not None:
         stated = Path(config_from) if config_from is not None else None
         original = stated or next((folder for folder in (source, target) if is_hf_folder(folder)), None)

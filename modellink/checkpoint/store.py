@@ -84,6 +84,11 @@ def is_native_step(path: Path) -> bool:
     return path.is_dir() and any((path / name).exists() for name in (MANIFEST, CONFIG, INDEX))
 
 
+def holds_native(path: Path) -> bool:
+    """Tell whether `path` is a step, or a folder with a complete one: what a run's folder counts as, export or not."""
+    return is_native_step(path) or bool(CheckpointStore(path, local=True).iterations())
+
+
 def read_tensor_names(step: str | os.PathLike[str]) -> dict[str, TensorInfo]:
     """Return name -> global shape and dtype of every tensor in the step folder `step`; reads the index alone."""
     return tensor_infos(read_index(Path(step)))

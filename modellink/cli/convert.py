@@ -23,18 +23,14 @@ FORMATS = {
     "mcore": "mcore",
     "legacy": "legacy",
 }
-
-
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 USED = (
     *("load_dir", "save_dir", "load_model_type", "save_model_type", "loader", "saver", "params_dtype"),
     *("model_type_hf", "config_from", "true_vocab_size", "load_from_legacy"),
 )
 # These shape Megatron's files.
-LAYOUT = (
-    *("use_mcore_models", "save_to_legacy", "tensor_parallel", "pipeline_parallel", "layers_per_stage"),
-    *("layers_per_virtual_stage", "vocab_multiple"),
-)
+LAYOUT = ("tensor_parallel", "pipeline_parallel", "layers_per_stage", "layers_per_virtual_stage", "vocab_multiple")
+DIALECT = ("use_mcore_models", "save_to_legacy")
 # These say again what the weights and their configuration say.
 DESCRIBED = (
     *("tokenizer_model", "vocab_file", "qkv_bias", "attention_output_bias", "embedding_norm", "sandwich_norm"),
@@ -58,7 +54,7 @@ def run(argv: Sequence[str]) -> int:
     if target == "mg":
         target = "mcore" if config.use_mcore_models and not config.save_to_legacy else "legacy"
     native = target in ("hf", "native")
-    read = (*USED, *DESCRIBED) if native else (*USED, *DESCRIBED, *LAYOUT)
+    read = (*USED, *DESCRIBED) if native else (*USED, *DESCRIBED, *DIALECT, *LAYOUT)
     idle = [
         "--" + option.name.replace("_", "-")
         for option in dataclasses.fields(config)
@@ -73,17 +69,7 @@ def run(argv: Sequence[str]) -> int:
 
     from modellink.checkpoint.convert import convert
 
-    layout: dict[str, Any] = (
-        {}
-        if native
-        else {
-            "tensor_parallel": config.tensor_parallel,
-            "pipeline_parallel": config.pipeline_parallel,
-            "layers_per_stage": config.layers_per_stage,
-            "layers_per_virtual_stage": config.layers_per_virtual_stage,
-            "vocab_multiple": config.vocab_multiple,
-        }
-    )
+    layout: dict[str, Any] = {} if native else {name: getattr(config, name) for name in LAYOUT}
     convert(
         config.load_dir,
         config.save_dir,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from modellink.checkpoint.hf import is_hf_folder, load_hf, read_config
-from modellink.checkpoint.store import CheckpointStore, is_native_step, load_full, read_tensor_names
+from modellink.checkpoint.store import CheckpointStore, holds_native, is_native_step, load_full, read_tensor_names
 from modellink.config.architecture import read_native
 from modellink.config.load import read_yaml
 from modellink.config.schema import ModelConfig, TokenizerConfig
@@ -30,7 +30,7 @@ def load_pretrained(
         why = "it is a file" if path.is_file() else "there is no such folder"
         raise ModelLinkError(f"no model at {path}: {why}; give a Hugging Face folder or a checkpoint folder.")
     # a run's folder may hold both: its steps are at least as new as its export
-    if is_hf_folder(path) and not CheckpointStore(path, local=True).iterations():
+    if is_hf_folder(path) and not holds_native(path):
         decoder = _empty(read_config(path), dtype, device)
         load_hf(decoder, path, progress=False)
         return decoder, load_tokenizer(tokenizer or path, required=tokenizer is not None), _stop_ids(path)

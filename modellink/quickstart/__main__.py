@@ -23,6 +23,7 @@ from rich.table import Table
 from modellink.errors import ModelLinkError, RunFailure
 from modellink.files import atomic_write
 from modellink.quickstart.runner import INTERRUPTED, WIDTH, Runner, as_typed
+from modellink.train.metrics import METRICS_FILE, read_lines
 
 MARKER = "quickstart.json"  # lies in every folder that this program may empty
 ASKED = (0, 41)  # of the questions, those that the chat is asked
@@ -210,7 +211,7 @@ class Job:
 
 
 def _metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return read_lines(run / METRICS_FILE)
 
 
 def _mean_loss(entries: Sequence[dict[str, Any]]) -> float:
