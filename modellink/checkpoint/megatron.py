@@ -17,7 +17,7 @@ import dataclasses
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modellink.checkpoint.digest import is_finite
 from modellink.checkpoint.hf import copy_companions, expected_shapes
 from modellink.checkpoint.megatron_args import read_arguments, read_extras, write_arguments
 from modellink.checkpoint.megatron_files import FileTensor, TorchFileWriter, read_torch_file
@@ -133,6 +134,7 @@ class MegatronFolder:
         self._check_sizes()
         self.dialect = LEGACY if "language_model" in first.get("model", first.get("model0", {})) else MCORE
         self._shares = self._collect()
+        self._known: tuple[ModelConfig, list[tuple[str, Row, str, str]]] | None = None
 
     def config(self, family: str | None = None) -> ModelConfig:
         """The architecture that the files describe."""
@@ -146,15 +148,25 @@ class MegatronFolder:
     def extras(self) -> dict[str, Any]:
         return read_extras(self.arguments)
 
-    def tensors(self, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    def contents(self, config: ModelConfig) -> list[dict[str, torch.dtype]]:
+        """Canonical names and their dtypes, those that lie in one stored tensor together, in the order of the model.
+
+        Raises ModelLinkError for names and shapes that are not the model's; no value is read.
+        """
+        return [
+            {f"{ours.format(layer)}.{suffix}": self._shares[name][0].dtype for ours in row.ours}
+            for name, row, suffix, layer in self._planned(config)
+        ]
+
+    def tensors(self, config: ModelConfig, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Yield (canonical name, full tensor as stored, vocabulary padding included), in the order of the model.
 
-        Raises ModelLinkError for names and shapes that are not the model's, before a value is read, and for NaN and
-        infinity in a tensor when its turn comes.
+        `names` selects the stored tensors that hold any of these. Raises ModelLinkError as `contents` does, before a
+        value is read, and for NaN and infinity in a tensor when its turn comes.
         """
-        shapes = expected_shapes(dataclasses.replace(config, padded_vocab_size=self._rows()))
-        plan = self._plan(config, shapes)
-        for name, row, suffix, layer in plan:
+        for name, row, suffix, layer in self._planned(config):
+            if names is not None and not any(f"{ours.format(layer)}.{suffix}" in names for ours in row.ours):
+                continue
             shares = [self._read(name, share) for share in self._shares[name]]
             if row.cut == "whole" or (row.cut == "columns" and suffix == "bias"):
                 self._check_same(name, shares)
@@ -242,6 +254,13 @@ class MegatronFolder:
                 )
         return shares
 
+    def _planned(self, config: ModelConfig) -> list[tuple[str, Row, str, str]]:
+        """The plan for `config`, made once: a conversion asks for the tensors group by group."""
+        if self._known is None or self._known[0] != config:
+            shapes = expected_shapes(dataclasses.replace(config, padded_vocab_size=self._rows()))
+            self._known = (dataclasses.replace(config), self._plan(config, shapes))
+        return self._known[1]
+
     def _plan(self, config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> list[tuple[str, Row, str, str]]:
         """(stored name, row, weight or bias, layer) of everything the model needs; raises for too little or much."""
         plan: dict[str, tuple[str, Row, str, str]] = {}
@@ -295,7 +314,7 @@ class MegatronFolder:
         if not share.dtype.is_floating_point:
             raise ModelLinkError(f"{share.file}: {name!r} is stored as {share.dtype}; quantised weights are not read.")
         tensor = share.read()
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise ModelLinkError(f"{share.file}: tensor {name!r} holds NaN or infinity.")
         return tensor
 
@@ -318,15 +337,18 @@ def _rank_name(tensor: int, stage: int, many: bool) -> str:
 
 
 class _Step:
-    """The files of one step while they are written: one per rank, each with one dictionary per model chunk."""
+    """The files of one step while they are written: one per rank, each with one dictionary per model chunk.
 
-    def __init__(self, folder: Path, config: ModelConfig, layout: Layout) -> None:
+    `only` restricts it to the files of these pipeline stages.
+    """
+
+    def __init__(self, folder: Path, config: ModelConfig, layout: Layout, only: Collection[int] | None = None) -> None:
         self.config, self.layout = config, layout
         self.chunks = layout.chunks(config.num_layers or 0)
         stages, tensors = range(layout.pipeline_parallel), range(layout.tensor_parallel)
         self.states: dict[tuple[int, int], list[dict[str, Any]]] = {}
         self.files: dict[tuple[int, int], TorchFileWriter] = {}
-        for rank in ((tensor, stage) for tensor in tensors for stage in stages):
+        for rank in ((tensor, stage) for tensor in tensors for stage in (stages if only is None else only)):
             place = folder / _rank_name(*rank, len(stages) > 1)
             place.mkdir()
             self.files[rank] = TorchFileWriter(place / FILE)
@@ -360,6 +382,8 @@ class _Step:
 
     def _write(self, stage: int, chunk: int, name: str, row: Row, parts: list[Tensor]) -> None:
         stage %= len(self.chunks)
+        if (0, stage) not in self.files:
+            return
         for tensor in range(self.layout.tensor_parallel):
             piece = cut(row, parts, tensor, self.layout.tensor_parallel, self.config)
             state = self.states[tensor, stage][chunk]
@@ -423,29 +447,14 @@ def write_megatron(
     at all; one that exists is replaced only when the folder holds nothing else but it. Raises ModelLinkError when the
     layout or the dialect cannot hold the model.
     """
-    layout.check(config)
-    layout.chunks(config.num_layers or 0)
+    check_layout(config, layout)
     check_writable(folder)
-    missing = set(expected_shapes(config))
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{STEP}.tmp-{secrets.token_hex(4)}"
     temporary.mkdir()
     try:
-        step = _Step(temporary, config, layout)
-        written = dtype or torch.float32
-        try:
-            for name, tensor in tensors:
-                missing.discard(name)
-                written = dtype or tensor.dtype
-                step.take(name, tensor.to(written))
-            if missing:
-                raise ModelLinkError(f"{len(missing)} tensors never came, the first is {min(missing)!r}.")
-            step.finish(extras, written)
-        finally:
-            for file in step.files.values():
-                with contextlib.suppress(ValueError):  # closed already
-                    file.abandon()
+        write_stages(temporary, tensors, config, layout, extras=extras, dtype=dtype)
         _publish(temporary, folder)
         created = False
     finally:
@@ -454,6 +463,60 @@ def write_megatron(
             shutil.rmtree(folder, ignore_errors=True)
     if tokenizer_from is not None:
         copy_companions(tokenizer_from, folder)
+
+
+def check_layout(config: ModelConfig, layout: Layout) -> None:
+    """Raise ModelLinkError unless the files of `layout` can hold a model of `config`."""
+    layout.check(config)
+    layout.chunks(config.num_layers or 0)
+    for canonical in expected_shapes(config):
+        find_row(config, canonical, layout.dialect)
+
+
+def stage_names(config: ModelConfig, layout: Layout) -> list[list[str]]:
+    """The canonical names of the tensors in the files of each pipeline stage."""
+    stages: list[list[str]] = [[] for _ in range(layout.pipeline_parallel)]
+    chunks = layout.chunks(config.num_layers or 0)
+    for canonical in expected_shapes(config):
+        number = NUMBER.search(canonical)
+        if number:
+            held = [place for place, layers in enumerate(chunks) if any(int(number[0]) in each for each in layers)]
+        elif canonical == _EMBEDDING and config.tie_word_embeddings:
+            held = sorted({0, len(stages) - 1})
+        else:
+            held = [0 if canonical.startswith("embed") else len(stages) - 1]
+        for place in held:
+            stages[place].append(canonical)
+    return stages
+
+
+def write_stages(
+    step: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    config: ModelConfig,
+    layout: Layout,
+    *,
+    stages: Collection[int] | None = None,
+    extras: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write the files of pipeline `stages` (default: all) into the folder `step`, from the tensors that they hold."""
+    names = stage_names(config, layout)
+    missing = {name for stage in (range(len(names)) if stages is None else stages) for name in names[stage]}
+    files = _Step(step, config, layout, stages)
+    written = dtype or torch.float32
+    try:
+        for name, tensor in tensors:
+            missing.discard(name)
+            written = dtype or tensor.dtype
+            files.take(name, tensor.to(written))
+        if missing:
+            raise ModelLinkError(f"{len(missing)} tensors never came, the first is {min(missing)!r}.")
+        files.finish(extras, written)
+    finally:
+        for file in files.files.values():
+            with contextlib.suppress(ValueError):  # closed already
+                file.abandon()
 
 
 def check_writable(folder: Path) -> None:
