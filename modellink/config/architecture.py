@@ -31,6 +31,9 @@ FREE = (
     "padded_vocab_size",
     "fp32_residual",
     "query_key_layer_scaling",
+    *("router_input_jitter", "aux_loss_coeff", "device_aux_loss_coeff", "comm_aux_loss_coeff", "z_loss_coeff"),
+    *("sequence_aux_loss", "expert_capacity_factor", "pad_experts_to_capacity", "token_drop_policy"),
+    "moe_grouped_gemm",
 )
 # Megatron's launch lines have no flag for these, so an absent flag says nothing.
 UNSPOKEN = (
@@ -41,11 +44,19 @@ UNSPOKEN = (
     "rope_truncate",
     "vocab_size",
     "window_layers",
+    *("router_groups", "router_bias", "router_correction_bias", "swiglu_limit", "attention_sinks"),
+    *("rope_theta_window", "latent_rope_interleaved", "latent_norm_epsilon"),
 )
 # None in a folder means that it does not say; in the other fields it means that the model has none.
 MAY_BE_UNKNOWN = ("vocab_size", "padded_vocab_size", "max_position_embeddings", "rope_original_max_position")
-# Fields that mean something only when another field has one of these values.
-ONLY_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
+_EXPERTS = "moe_ffn_hidden_size first_k_dense_replace moe_layer_freq n_shared_experts router_topk router_scoring"
+_EXPERTS += " norm_topk_prob routed_scaling_factor router_groups topk_group router_bias router_correction_bias"
+_LATENT = "q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim latent_rope_interleaved"
+# Fields that mean something only when another field has one of these values (None: any but none).
+ONLY_WITH: dict[str, tuple[str, tuple[Any, ...] | None]] = {
+    **dict.fromkeys(_EXPERTS.split(), ("num_experts", None)),
+    **dict.fromkeys(["shared_expert_gate", "shared_expert_gate_dimension"], ("n_shared_experts", None)),
+    **dict.fromkeys([*_LATENT.split(), "latent_norm_epsilon"], ("multi_head_latent_attention", (True,))),
     "rope_theta": ("position_embedding", ("rope",)),
     "rope_fraction": ("position_embedding", ("rope",)),
     "rope_interleaved": ("position_embedding", ("rope",)),
@@ -167,7 +178,8 @@ def _matters(theirs: ModelConfig, name: str) -> bool:
     if name not in ONLY_WITH:
         return True
     other, values = ONLY_WITH[name]
-    return getattr(theirs, other) in values and _matters(theirs, other)
+    value = getattr(theirs, other)
+    return (bool(value) if values is None else value in values) and _matters(theirs, other)
 
 
 def _equal(name: str, value: Any, stated: Any, mine: ModelConfig, theirs: ModelConfig) -> bool:

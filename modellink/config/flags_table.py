@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from modellink.errors import ModelLinkError
+
 VALUE = object()  # stands for the value given with the flag
 SILENT = "read by the launcher"  # accepted without a warning
 NOT_BUILT = "not built yet"
@@ -58,6 +60,18 @@ SPELLINGS: dict[str, str] = {
     "model.logits_multiplier": "--output-multiplier-scale",
     "model.fp32_residual": "--fp32-residual-connection",
     "model.init_std": "--init-method-std",
+    "model.moe_ffn_hidden_size": "--moe-intermediate-size",
+    "model.router_topk": "--moe-router-topk",
+    "model.shared_expert_gate_dimension": "--shared-expert-gate-output-dimension",
+    "model.router_input_jitter": "--moe-input-jitter-eps",
+    "model.aux_loss_coeff": "--moe-aux-loss-coeff",
+    "model.device_aux_loss_coeff": "--moe-device-level-aux-loss-coeff",
+    "model.comm_aux_loss_coeff": "--moe-comm-aux-loss-coeff",
+    "model.z_loss_coeff": "--moe-z-loss-coeff",
+    "model.sequence_aux_loss": "--seq-aux",
+    "model.expert_capacity_factor": "--moe-expert-capacity-factor",
+    "model.pad_experts_to_capacity": "--moe-pad-expert-input-to-capacity",
+    "model.token_drop_policy": "--moe-token-drop-policy",
     "parallel.tensor_parallel": "--tensor-model-parallel-size",
     "parallel.pipeline_parallel": "--pipeline-model-parallel-size",
     "parallel.context_parallel": "--context-parallel-size",
@@ -115,6 +129,25 @@ def _hidden_over(value: float, look: Callable[[str], Any]) -> float:
 def _over_sqrt_layers(value: float, look: Callable[[str], Any]) -> float:
     layers = look("model.num_layers")
     return 1.0 if layers is None else value / layers**0.5
+
+
+_ROUTERS = {"aux_loss": "softmax_selected", "none": "softmax_selected"}
+_ROUTERS |= {"softmax_topk": "softmax", "group_limited_greedy": "softmax"}
+
+
+def _router(value: str, look: Callable[[str], Any]) -> str:
+    if value not in _ROUTERS:
+        raise ModelLinkError(
+            f"--moe-router-load-balancing-type {value} is refused: give {', '.join(_ROUTERS)}; --router-scoring and "
+            "--router-groups say the same more exactly."
+        )
+    return _ROUTERS[value]
+
+
+def _groups(value: str, look: Callable[[str], Any]) -> int | None:
+    """The reference has as many groups of experts as expert-parallel ranks."""
+    limited: int | None = look("parallel.expert_parallel") if value == "group_limited_greedy" else None
+    return limited if limited and limited > 1 else None
 
 
 # (flag, fields it sets, help, options). Options: late=True wins over native flags; needs=FLAG has no effect without it.
@@ -179,6 +212,13 @@ ALIASES: dict[str, list[tuple[Any, ...]]] = {
             "sliding window on layers 0, 2, 4, ...",
         ),
         (
+            "--moe-router-load-balancing-type:str",
+            {"model.router_scoring": _router, "model.router_groups": _groups},
+            "aux_loss, none: softmax over the chosen logits; softmax_topk: over all; group_limited_greedy: over all, "
+            "among the best --topk-group of --router-groups (default: as many as expert-parallel ranks)",
+        ),
+        ("--input-jitter", {"model.router_input_jitter": 0.0}, "no jitter on the router's input"),
+        (
             "--recompute-activations",
             {"parallel.recompute_granularity": "selective"},
             "--recompute-granularity selective",
@@ -205,10 +245,7 @@ _FP32 = "this part is always computed in fp32"
 _COMM = "the engine schedules communication, and overlaps it with computation wherever it can"
 _ONE_DECODER = "there is one decoder for all models"
 _GELU = "not an option of a decoder language model"
-_MOE, _MLA = (
-    "it only shapes --num-experts, which is not built yet",
-    "it only shapes --multi-head-latent-attention, not built yet",
-)
+_EP = "it only tunes --expert-model-parallel-size, not built yet"
 _CP, _LORA = (
     "it only tunes --context-parallel-size, not built yet",
     "it only shapes --lora-target-modules, not built yet",
@@ -292,22 +329,13 @@ ACCEPTED: dict[str, list[tuple[str, str]]] = {
             "--enable-one-logger-async --adlr-autoresume --adlr-autoresume-interval:int",
         ),
         (
-            _MOE,
-            "--moe-router-topk:int --moe-router-load-balancing-type:str --moe-aux-loss-coeff:float "
-            "--moe-z-loss-coeff:float "
-            "--moe-input-jitter-eps:float --input-jitter --moe-token-dispatcher-type:str --moe-grouped-gemm "
-            "--moe-expert-capacity-factor:float --moe-pad-expert-input-to-capacity --moe-token-drop-policy:str "
-            "--moe-permutation-async-comm --moe-intermediate-size:int --n-shared-experts:int --shared-expert-gate "
-            "--shared-expert-gate-output-dimension:int --first-k-dense-replace:int --moe-layer-freq:int "
-            "--topk-group:int "
-            "--routed-scaling-factor:float --norm-topk-prob --seq-aux --moe-device-level-aux-loss-coeff:float "
-            "--moe-comm-aux-loss-coeff:float --expert-interval:int --moe-train-capacity-factor:float "
-            "--noisy-gate-policy:str "
-            "--enable-token-rearrange-opt --moe-token-dropping --moe-per-layer-logging",
+            _EP,
+            "--moe-token-dispatcher-type:str --moe-permutation-async-comm",
         ),
         (
-            _MLA,
-            "--q-lora-rank:int --kv-lora-rank:int --v-head-dim:int --qk-rope-head-dim:int --qk-nope-head-dim:int",
+            "the reference reads it nowhere in its Megatron-Core models",
+            "--expert-interval:int --moe-train-capacity-factor:float --noisy-gate-policy:str "
+            "--enable-token-rearrange-opt --moe-token-dropping --moe-per-layer-logging",
         ),
         (
             _CP,
@@ -393,12 +421,6 @@ ACCEPTED: dict[str, list[tuple[str, str]]] = {
 # Program group -> (why and what to use, flags, values that ask for nothing).
 REFUSED: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
     "run": [
-        (f"mixture-of-experts models are {NOT_BUILT}; use a dense model", "--num-experts:int", ()),
-        (
-            f"multi-head latent attention is {NOT_BUILT}; use a model with plain attention",
-            "--multi-head-latent-attention",
-            (),
-        ),
         (
             f"low-rank fine-tuning is {NOT_BUILT}; train all weights with --stage sft",
             "--lora-target-modules:strs --lora-load:str",

@@ -82,6 +82,9 @@ class ModelConfig:
         "learned_absolute", choices=("learned_absolute", "rope", "alibi", "none"), help="how positions enter"
     )
     rope_theta: float = option(10000.0, help="base of the rotary frequencies")
+    rope_theta_window: float | None = option(
+        None, help="base on layers with a sliding window, unscaled; default: rotated as the others (Gemma-3: 10000)"
+    )
     rope_fraction: float = option(1.0, help="rotated fraction of each head")
     rope_interleaved: bool = option(False, help="rotate neighbouring pairs instead of the two halves")
     rope_scaling: str | None = option(
@@ -113,6 +116,7 @@ class ModelConfig:
         help="multiply queries at positions p beyond this window by log(p) / log(window), not in training (Qwen 1)",
     )
     attention_logit_softcap: float | None = option(None, help="cap attention scores: cap * tanh(score / cap)")
+    attention_sinks: bool = option(False, help="a learned logit per head that takes its share of the softmax (gpt-oss)")
     output_logit_softcap: float | None = option(None, help="cap logits: cap * tanh(logit / cap)")
     query_key_layer_scaling: bool = option(
         False, help="divide scores by the layer number before the softmax and multiply back in fp32 (fp16 safety)"
@@ -124,6 +128,63 @@ class ModelConfig:
     residual_multiplier: float = option(1.0, help="multiply each branch by this before the residual add (MiniCPM)")
     hidden_divisor: float = option(1.0, help="divide the last hidden state by this before the output matrix (MiniCPM)")
     logits_multiplier: float = option(1.0, help="multiply logits by this (Grok)")
+
+    num_experts: int | None = option(None, help="experts of a mixture-of-experts layer (E); default: none, all dense")
+    moe_ffn_hidden_size: int | None = option(None, help="MLP width of one expert; default: the MLP width of the model")
+    first_k_dense_replace: int = option(0, help="the first layers keep a dense MLP: this many")
+    moe_layer_freq: int = option(1, help="after them, layer i has experts where i is a multiple of this")
+    n_shared_experts: int = option(0, help="experts that every token meets, as one MLP of that many expert widths")
+    shared_expert_gate: bool = option(False, help="multiply the shared experts by the sigmoid of a learned gate")
+    shared_expert_gate_dimension: int = option(1, help="outputs of that gate: 1, or the hidden size")
+    router_topk: int = option(2, help="experts a token goes to (k)")
+    router_scoring: str = option(
+        "softmax_selected",
+        choices=("softmax_selected", "softmax", "sigmoid"),
+        help="weights of the chosen experts: softmax over their logits (Mixtral), over all logits before choosing "
+        "(Qwen, DeepSeek-V2), or a sigmoid each (DeepSeek-V3)",
+    )
+    norm_topk_prob: bool = option(False, help="divide the weights of the chosen experts by their sum")
+    routed_scaling_factor: float = option(
+        1.0, help="multiply the weights of the chosen experts by this, unless divided by their sum (sigmoid: always)"
+    )
+    router_groups: int | None = option(
+        None, help="groups of neighbouring experts that a token chooses among; default: as many as it chooses"
+    )
+    topk_group: int = option(1, help="groups that a token chooses: those of the best experts")
+    router_bias: bool = option(False, help="bias on the router (gpt-oss)")
+    router_correction_bias: bool = option(
+        False, help="choose experts by score plus a bias that follows their load, not a gradient (DeepSeek-V3)"
+    )
+    router_input_jitter: float = option(0.0, help="in training multiply the router's input by 1 - this .. 1 + this")
+    aux_loss_coeff: float = option(0.0, help="weight of the expert balance loss")
+    device_aux_loss_coeff: float = option(0.0, help="weight of the balance loss over groups of experts")
+    comm_aux_loss_coeff: float = option(0.0, help="weight of the balance loss over tokens that groups receive")
+    z_loss_coeff: float = option(0.0, help="weight of the loss that keeps router logits small")
+    sequence_aux_loss: bool = option(False, help="balance within every sequence rather than over the micro-batch")
+    expert_capacity_factor: float | None = option(
+        None, help="an expert takes at most this times its even share of tokens; default: all that come"
+    )
+    pad_experts_to_capacity: bool = option(False, help="pad every expert's tokens to its capacity")
+    token_drop_policy: str = option(
+        "probs", choices=("probs", "position"), help="over capacity, keep the tokens of largest weight, or the first"
+    )
+    moe_grouped_gemm: bool = option(True, help="run all experts in one grouped matrix product where a kernel exists")
+    swiglu_limit: float | None = option(
+        None, help="clamp both halves of an expert's gated MLP to this and gate with x sigmoid(1.702 x) (gpt-oss)"
+    )
+
+    multi_head_latent_attention: bool = option(
+        False, help="keys and values grow out of a small latent (DeepSeek); --qk-layernorm normalises the latents"
+    )
+    q_lora_rank: int | None = option(None, help="size of the query latent; default: queries come straight")
+    kv_lora_rank: int | None = option(None, help="size of the key/value latent")
+    qk_nope_head_dim: int | None = option(None, help="channels of a query or key head without rotation")
+    qk_rope_head_dim: int | None = option(None, help="rotated channels of a query or key head")
+    v_head_dim: int | None = option(None, help="channels of a value head")
+    latent_rope_interleaved: bool = option(
+        True, help="their rotated channels turn in neighbouring pairs, not in halves"
+    )
+    latent_norm_epsilon: float = option(1e-6, help="epsilon of the norms on the latents")
 
     attention_dropout: float = option(0.1, help="dropout on attention probabilities")
     hidden_dropout: float = option(0.1, help="dropout on each branch before the residual add")
@@ -140,11 +201,20 @@ class ModelConfig:
         new = dataclasses.replace(self)
         if new.num_key_value_heads is None:
             new.num_key_value_heads = new.num_attention_heads
+        if new.multi_head_latent_attention and new.qk_nope_head_dim and new.qk_rope_head_dim:
+            new.head_dim = new.qk_nope_head_dim + new.qk_rope_head_dim
         if new.head_dim is None and new.hidden_size and new.num_attention_heads:
             new.head_dim = new.hidden_size // new.num_attention_heads
         if new.ffn_hidden_size is None and new.hidden_size:
             new.ffn_hidden_size = int(8 * new.hidden_size / 3 / 64) * 64 if new.gated_mlp else 4 * new.hidden_size
+        if new.num_experts:
+            new.moe_ffn_hidden_size = new.moe_ffn_hidden_size or new.ffn_hidden_size
+            new.router_groups = new.router_groups or new.topk_group
         return new
+
+    def layer_has_experts(self, layer: int) -> bool:
+        """Whether `layer` (counted from 0 over the whole model) has experts in place of one MLP."""
+        return bool(self.num_experts) and layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
 
     def layer_has_window(self, layer: int) -> bool:
         """Whether `layer` (counted from 0 over the whole model) attends through the sliding window."""

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 from modellink.config.architecture import SIZES
+from modellink.config.experts import check_experts
 from modellink.config.flags import by_name, flag_of, spell
 from modellink.config.flags_table import NOT_BUILT
 from modellink.config.resolved import ResolvedConfig
@@ -19,6 +20,7 @@ from modellink.errors import ModelLinkError
 POSITIVE = (
     "model.num_layers model.hidden_size model.num_attention_heads model.num_key_value_heads model.head_dim "
     "model.ffn_hidden_size "
+    "model.num_experts model.moe_ffn_hidden_size model.expert_capacity_factor model.shared_expert_gate_dimension "
     "model.vocab_size model.padded_vocab_size model.vocab_multiple model.max_position_embeddings model.sliding_window "
     "parallel.tensor_parallel parallel.pipeline_parallel parallel.context_parallel parallel.expert_parallel "
     "parallel.layers_per_virtual_stage parallel.data_parallel_replicas parallel.recompute_num_layers "
@@ -30,6 +32,7 @@ POSITIVE = (
     "evaluate.evaluation_batch_size evaluate.max_eval_samples model.norm_epsilon model.rope_theta"
 ).split()
 NOT_NEGATIVE = (
+    "model.n_shared_experts model.first_k_dense_replace model.router_input_jitter model.aux_loss_coeff "
     "train.eval_iters optimizer.lr optimizer.min_lr optimizer.lr_warmup_iters optimizer.lr_warmup_samples "
     "optimizer.weight_decay "
     "optimizer.clip_grad data.num_workers generate.history_turns generate.top_k generate.temperature"
@@ -117,8 +120,9 @@ def _model(resolved: ResolvedConfig) -> None:
         and model.head_dim
         and model.num_layers
     )
+    check_experts(model)
     derived_head = resolved.origins["model.head_dim"].startswith("derived")
-    if derived_head and model.hidden_size % model.num_attention_heads:
+    if derived_head and not model.multi_head_latent_attention and model.hidden_size % model.num_attention_heads:
         raise ModelLinkError(
             f"{_given(resolved, 'model.hidden_size')} is not divisible by "
             f"{_given(resolved, 'model.num_attention_heads')}: "
@@ -171,7 +175,7 @@ def _layout(resolved: ResolvedConfig) -> None:
             "parallel.context_parallel",
             f"shorten the sequence or raise {flag_of('parallel.tensor_parallel')} with --sequence-parallel",
         ),
-        ("parallel.expert_parallel", f"use a dense model with {flag_of('parallel.expert_parallel')} 1"),
+        ("parallel.expert_parallel", f"{flag_of('parallel.tensor_parallel')} and --zero-stage 3 split experts too"),
     ):
         if resolved.get(path) > 1:
             raise ModelLinkError(f"{_given(resolved, path)} is refused: {NOT_BUILT}; {remedy}.")
@@ -179,6 +183,7 @@ def _layout(resolved: ResolvedConfig) -> None:
         ("model.num_attention_heads", "query heads"),
         ("model.num_key_value_heads", "key/value heads"),
         ("model.ffn_hidden_size", "MLP columns"),
+        ("model.moe_ffn_hidden_size", "columns of an expert"),
         ("model.padded_vocab_size", "vocabulary rows"),
     ):
         size = resolved.get(path)

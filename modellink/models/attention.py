@@ -76,8 +76,9 @@ class AttentionMask:
 
 
 class AttentionCore(nn.Module):
-    """softmax(q k^T * scale + mask) v on one device, with dropout, window, ALiBi and soft cap.
+    """softmax(q k^T * scale + mask) v on one device, with dropout, window, ALiBi, soft cap and sinks.
 
+    A sink is one more logit of each head, learned, that takes its share of the softmax and has no value (gpt-oss).
     `first_head` is the global index of the first local query head; tensor parallelism sets it, only ALiBi reads it.
     """
 
@@ -90,6 +91,7 @@ class AttentionCore(nn.Module):
         self.alibi = config.position_embedding == "alibi"
         self.total_heads = config.num_attention_heads
         self.first_head = 0
+        self.sinks = nn.Parameter(torch.zeros(config.num_attention_heads)) if config.attention_sinks else None
         self.dropout = Dropout(config.attention_dropout)
 
     def forward(self, q_BHSK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask: AttentionMask) -> Tensor:
@@ -98,7 +100,8 @@ class AttentionCore(nn.Module):
         scale = self.scale
         if self.divisor != 1:  # smaller products in fp16; the kernels multiply back in fp32
             q_BHSK, scale = q_BHSK / self.divisor, scale * self.divisor
-        trivial = mask.is_trivial(self.window) and not self.alibi and self.softcap is None
+        by_hand = self.softcap is not None or self.sinks is not None
+        trivial = mask.is_trivial(self.window) and not self.alibi and not by_hand
         with self.dropout.stream():
             if trivial:
                 return F.scaled_dot_product_attention(
@@ -114,15 +117,22 @@ class AttentionCore(nn.Module):
             if repeats > 1:  # memory-efficient kernels take a mask or grouped heads, not both
                 k_BGTK, v_BGTK = k_BGTK.repeat_interleave(repeats, 1), v_BGTK.repeat_interleave(repeats, 1)
             bias = self._bias(mask, q_BHSK)
-            if self.softcap is None:
+            if not by_hand:
                 return F.scaled_dot_product_attention(
                     q_BHSK, k_BGTK, v_BGTK, attn_mask=bias, dropout_p=probability, scale=scale
                 )
             scores = (q_BHSK @ k_BGTK.transpose(-1, -2)).float() * scale
-            scores = self.softcap * torch.tanh(scores / self.softcap)
+            if self.softcap is not None:
+                scores = self.softcap * torch.tanh(scores / self.softcap)
             scores = scores.masked_fill(~bias, float("-inf")) if bias.dtype == torch.bool else scores + bias
-            weights = scores.softmax(-1).to(q_BHSK.dtype)
+            weights = self._softmax(scores).to(q_BHSK.dtype)
             return F.dropout(weights, probability) @ v_BGTK
+
+    def _softmax(self, scores_BHST: Tensor) -> Tensor:
+        if self.sinks is None:
+            return scores_BHST.softmax(-1)
+        sinks_BHS1 = self.sinks.to(scores_BHST.dtype)[:, None, None].expand(*scores_BHST.shape[:-1], 1)
+        return torch.cat((scores_BHST, sinks_BHS1), -1).softmax(-1)[..., :-1]
 
     def _bias(self, mask: AttentionMask, q_BHSK: Tensor) -> Tensor:
         """bool mask, or the additive ALiBi bias in the dtype of q with -inf where a key may not be seen."""

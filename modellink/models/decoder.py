@@ -12,6 +12,7 @@ vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -21,6 +22,8 @@ from modellink.config.schema import ModelConfig
 from modellink.models.attention import Attention, AttentionMask
 from modellink.models.cache import KVCache, LayerCache
 from modellink.models.layers import MLP, Dropout, NormalizedLinear, make_norm
+from modellink.models.mla import LatentAttention, rope_config
+from modellink.models.moe import MoE
 from modellink.models.rope import RopeTable, RotaryEmbedding
 
 LayerCall = Callable[[Tensor], Tensor]
@@ -34,21 +37,26 @@ class DecoderLayer(nn.Module):
         super().__init__()
         hidden = config.hidden_size
         self.input_layernorm = make_norm(config, hidden) if config.pre_norm else None
-        self.self_attn = Attention(config, layer)
+        latent = config.multi_head_latent_attention
+        self.self_attn = LatentAttention(config, layer) if latent else Attention(config, layer)
         self.attention_output_norm = make_norm(config, hidden) if config.sandwich_norm else None
         self.post_attention_layernorm = make_norm(config, hidden) if config.pre_norm else None
-        self.mlp = MLP(config)
+        self.mlp = MoE(config) if config.layer_has_experts(layer) else MLP(config)
         self.mlp_output_norm = make_norm(config, hidden) if config.sandwich_norm else None
         self.residual_multiplier = config.residual_multiplier
         self.dropout = Dropout(config.hidden_dropout)
+        # tensor parallelism hands in another way of running a branch that it cannot split by itself
+        self.run_attention: Callable[..., Tensor] | None = None
+        self.run_mlp: Callable[[Tensor], Tensor] | None = None
 
     def forward(
         self, x_BSD: Tensor, *, rope: RopeTable | None, mask: AttentionMask, cache: LayerCache | None = None
     ) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
-        branch = self.self_attn(self._enter(x_BSD, self.input_layernorm), rope=rope, mask=mask, cache=cache)
+        attention, mlp = self.run_attention or self.self_attn, self.run_mlp or self.mlp
+        branch = attention(self._enter(x_BSD, self.input_layernorm), rope=rope, mask=mask, cache=cache)
         x_BSD = self._add(x_BSD, branch, self.attention_output_norm)
-        branch = self.mlp(self._enter(x_BSD, self.post_attention_layernorm))
+        branch = mlp(self._enter(x_BSD, self.post_attention_layernorm))
         return self._add(x_BSD, branch, self.mlp_output_norm)
 
     def _enter(self, x_BSD: Tensor, norm: nn.Module | None) -> Tensor:
@@ -91,7 +99,7 @@ class Decoder(nn.Module):
         self.embed_positions = nn.Embedding(config.max_position_embeddings, hidden) if learned else None
         self.embed_norm = make_norm(config, hidden) if first and config.embedding_norm else None
         self.embed_dropout = Dropout(config.hidden_dropout)
-        self.rope = RotaryEmbedding(config) if config.position_embedding == "rope" else None
+        self.rope, self.rope_window = self._rotations()
         # a dict, not a list: a stage's layers keep their global index as their name
         self.layers = nn.ModuleDict({str(i): DecoderLayer(config, i) for i in indices})
         self.norm = make_norm(config, hidden) if last else None
@@ -99,6 +107,17 @@ class Decoder(nn.Module):
         self.lm_head = head(hidden, vocab, bias=config.lm_head_bias) if last else None
         self.run_layers: RunLayers = run_layers_plainly
         self.tie_weights()
+
+    def _rotations(self) -> tuple[RotaryEmbedding | None, RotaryEmbedding | None]:
+        """The rotation of the layers, and of those with a window where it is another one."""
+        config = self.config
+        if config.position_embedding != "rope":
+            return None, None
+        config = rope_config(config) if config.multi_head_latent_attention else config
+        if config.rope_theta_window is None:
+            return RotaryEmbedding(config), None
+        local = dataclasses.replace(config, rope_theta=config.rope_theta_window, rope_scaling=None)
+        return RotaryEmbedding(config), RotaryEmbedding(local)
 
     def tie_weights(self) -> None:
         """Make the output matrix the embedding matrix again where both live here (sharding replaces parameters)."""
@@ -161,11 +180,13 @@ class Decoder(nn.Module):
         if self.embed_tokens is not None:
             x = self.embed(x, position_ids)
         rope = self.rope(position_ids, x.dtype) if self.rope is not None else None
+        rope_window = rope if self.rope_window is None else self.rope_window(position_ids, x.dtype)
         mask = AttentionMask(length, past + length, x.device, first_key)
         calls: list[LayerCall] = []
-        for place, layer in enumerate(self.layers.values()):
+        for place, (index, layer) in enumerate(self.layers.items()):
             layer_cache = cache.layers[place] if cache is not None else None
-            calls.append(_bind(layer, rope=rope, mask=mask, cache=layer_cache))
+            table = rope_window if self.config.layer_has_window(int(index)) else rope
+            calls.append(_bind(layer, rope=table, mask=mask, cache=layer_cache))
         x = self.run_layers(calls, x)
         if self.lm_head is None:
             return x

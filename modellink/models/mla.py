@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -26,86 +25,46 @@ from modellink.models.layers import RMSNorm
 from modellink.models.rope import RopeTable, rotate, yarn_mscale
 
 
-@dataclass(frozen=True)
-class MLAConfig:
-    """Sizes of latent attention. q_lora_rank None: queries come straight from the hidden state."""
-
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
-    q_lora_rank: int | None = None
-    latent_norm: bool = True
-    rope_interleaved: bool = True  # neighbouring channels are a pair, as DeepSeek's weights are stored
-    latent_norm_epsilon: float = 1e-6  # DeepSeek's latent norms keep this one whatever the other norms use
-
-    @property
-    def qk_head_dim(self) -> int:
-        """Key size of a head."""
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
-
-
-def rope_config(config: ModelConfig, mla: MLAConfig) -> ModelConfig:
+def rope_config(config: ModelConfig) -> ModelConfig:
     """What the decoder's `RotaryEmbedding` is built from: a head is its rotated part."""
     return dataclasses.replace(
-        config, head_dim=mla.qk_rope_head_dim, rope_fraction=1.0, rope_interleaved=mla.rope_interleaved
+        config, head_dim=config.qk_rope_head_dim, rope_fraction=1.0, rope_interleaved=config.latent_rope_interleaved
     )
 
 
-def core_config(config: ModelConfig, mla: MLAConfig) -> ModelConfig:
+def core_config(config: ModelConfig) -> ModelConfig:
     """What the `AttentionCore` is built from. Its scale takes over YaRN's temperature: K^-1/2 * mscale^2."""
-    size = float(config.query_scale or mla.qk_head_dim)
+    size = float(config.query_scale or config.head_dim)
     if config.rope_scaling == "yarn" and config.rope_mscale_all_dim:
         size /= yarn_mscale(config.rope_scaling_factor, config.rope_mscale_all_dim) ** 4
     heads = config.num_attention_heads
-    return dataclasses.replace(config, head_dim=mla.qk_head_dim, num_key_value_heads=heads, query_scale=size)
-
-
-def parameters(config: ModelConfig, mla: MLAConfig) -> int:
-    """Parameters of one latent attention."""
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    assert hidden and heads
-    latent, bias = mla.kv_lora_rank + mla.qk_rope_head_dim, config.qkv_bias
-    query = heads * mla.qk_head_dim
-    total = hidden * query if mla.q_lora_rank is None else mla.q_lora_rank * (hidden + bias + mla.latent_norm + query)
-    total += latent * (hidden + bias) + mla.kv_lora_rank * mla.latent_norm
-    total += mla.kv_lora_rank * heads * (mla.qk_nope_head_dim + mla.v_head_dim)
-    return total + heads * mla.v_head_dim * hidden + hidden * config.attention_output_bias
-
-
-def forward_flops(config: ModelConfig, mla: MLAConfig, sequence_length: int) -> int:
-    """Floating-point operations of one latent attention for one token, forward, with all T = sequence_length keys."""
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    assert hidden and heads
-    query = heads * mla.qk_head_dim
-    products = hidden * query if mla.q_lora_rank is None else mla.q_lora_rank * (hidden + query)
-    products += hidden * (mla.kv_lora_rank + mla.qk_rope_head_dim)
-    products += mla.kv_lora_rank * heads * (mla.qk_nope_head_dim + mla.v_head_dim) + heads * mla.v_head_dim * hidden
-    return 2 * (products + sequence_length * heads * (mla.qk_head_dim + mla.v_head_dim))
+    return dataclasses.replace(config, num_key_value_heads=heads, query_scale=size)
 
 
 class LatentAttention(nn.Module):
     """Multi-head latent attention of one layer: drop-in for `attention.Attention`."""
 
-    def __init__(self, config: ModelConfig, mla: MLAConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.mla = mla
+        self.config = config
         hidden, heads, bias = config.hidden_size, config.num_attention_heads, config.qkv_bias
-        query = heads * mla.qk_head_dim
+        query = heads * config.head_dim
 
         def norm(size: int) -> RMSNorm | None:
-            return RMSNorm(size, mla.latent_norm_epsilon) if mla.latent_norm else None
+            return RMSNorm(size, config.latent_norm_epsilon) if config.qk_norm else None
 
-        compressed = mla.q_lora_rank is not None
+        compressed = config.q_lora_rank is not None
         self.q_proj = None if compressed else nn.Linear(hidden, query, bias=False)
-        self.q_a_proj = nn.Linear(hidden, mla.q_lora_rank, bias=bias) if compressed else None
-        self.q_a_layernorm = norm(mla.q_lora_rank) if compressed else None
-        self.q_b_proj = nn.Linear(mla.q_lora_rank, query, bias=False) if compressed else None
-        self.kv_a_proj_with_mqa = nn.Linear(hidden, mla.kv_lora_rank + mla.qk_rope_head_dim, bias=bias)
-        self.kv_a_layernorm = norm(mla.kv_lora_rank)
-        self.kv_b_proj = nn.Linear(mla.kv_lora_rank, heads * (mla.qk_nope_head_dim + mla.v_head_dim), bias=False)
-        self.o_proj = nn.Linear(heads * mla.v_head_dim, hidden, bias=config.attention_output_bias)
-        self.core = AttentionCore(core_config(config, mla), layer)
+        self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias) if compressed else None
+        self.q_a_layernorm = norm(config.q_lora_rank) if compressed else None
+        self.q_b_proj = nn.Linear(config.q_lora_rank, query, bias=False) if compressed else None
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim, bias=bias)
+        self.kv_a_layernorm = norm(config.kv_lora_rank)
+        self.kv_b_proj = nn.Linear(
+            config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False
+        )
+        self.o_proj = nn.Linear(heads * config.v_head_dim, hidden, bias=config.attention_output_bias)
+        self.core = AttentionCore(core_config(config), layer)
         # recomputation hands in another way of running the core
         self.run_core: Callable[[Tensor, Tensor, Tensor, AttentionMask], Tensor] | None = None
 
@@ -116,23 +75,23 @@ class LatentAttention(nn.Module):
 
         `rope` is a table over qk_rope_head_dim channels (`rope_config`).
         """
-        mla = self.mla
-        q_BHSK = self._queries(x_BSD).unflatten(-1, (-1, mla.qk_head_dim)).transpose(1, 2)
-        nope_BHSN, q_rope_BHSr = q_BHSK.split((mla.qk_nope_head_dim, mla.qk_rope_head_dim), -1)
-        latent, k_rope = self.kv_a_proj_with_mqa(x_BSD).split((mla.kv_lora_rank, mla.qk_rope_head_dim), -1)
+        config = self.config
+        q_BHSK = self._queries(x_BSD).unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
+        nope_BHSN, q_rope_BHSr = q_BHSK.split((config.qk_nope_head_dim, config.qk_rope_head_dim), -1)
+        latent, k_rope = self.kv_a_proj_with_mqa(x_BSD).split((config.kv_lora_rank, config.qk_rope_head_dim), -1)
         if self.kv_a_layernorm is not None:
             latent = self.kv_a_layernorm(latent)
         if rope is not None:
-            q_rope_BHSr = rotate(q_rope_BHSr.transpose(1, 2), rope, mla.rope_interleaved).transpose(1, 2)
-            k_rope = rotate(k_rope[:, :, None], rope, mla.rope_interleaved)[:, :, 0]
+            q_rope_BHSr = rotate(q_rope_BHSr.transpose(1, 2), rope, config.latent_rope_interleaved).transpose(1, 2)
+            k_rope = rotate(k_rope[:, :, None], rope, config.latent_rope_interleaved)[:, :, 0]
         if cache is not None:  # stored as one key without a value
             joint_B1TX = torch.cat((latent, k_rope), -1)[:, None]
             joint_B1TX, _ = cache.append(joint_B1TX, joint_B1TX[..., :0])
             if x_BSD.shape[1] == 1 and self._is_plain(self.kv_b_proj):
                 return self._decode(nope_BHSN, q_rope_BHSr, joint_B1TX, mask)
-            latent, k_rope = joint_B1TX[:, 0].split((mla.kv_lora_rank, mla.qk_rope_head_dim), -1)
-        kv_BTHX = self.kv_b_proj(latent).unflatten(-1, (-1, mla.qk_nope_head_dim + mla.v_head_dim))
-        k_BHTN, v_BHTV = kv_BTHX.transpose(1, 2).split((mla.qk_nope_head_dim, mla.v_head_dim), -1)
+            latent, k_rope = joint_B1TX[:, 0].split((config.kv_lora_rank, config.qk_rope_head_dim), -1)
+        kv_BTHX = self.kv_b_proj(latent).unflatten(-1, (-1, config.qk_nope_head_dim + config.v_head_dim))
+        k_BHTN, v_BHTV = kv_BTHX.transpose(1, 2).split((config.qk_nope_head_dim, config.v_head_dim), -1)
         k_BHTK = torch.cat((k_BHTN, k_rope[:, None].expand(-1, k_BHTN.shape[1], -1, -1)), -1)
         q_BHSK = torch.cat((nope_BHSN, q_rope_BHSr), -1)
         out_BHSV = (self.run_core or self.core)(q_BHSK, k_BHTK, v_BHTV, mask)
@@ -151,9 +110,10 @@ class LatentAttention(nn.Module):
 
     def _decode(self, nope_BHSN: Tensor, q_rope_BHSr: Tensor, joint_B1TX: Tensor, mask: AttentionMask) -> Tensor:
         """One query against the latents themselves: q (W c) = (q W) c, and the weighted sum of W c is W of the sum."""
-        weight_HXR = self.kv_b_proj.weight.unflatten(0, (-1, self.mla.qk_nope_head_dim + self.mla.v_head_dim))
-        key_HNR, value_HVR = weight_HXR.split((self.mla.qk_nope_head_dim, self.mla.v_head_dim), 1)
+        config = self.config
+        weight_HXR = self.kv_b_proj.weight.unflatten(0, (-1, config.qk_nope_head_dim + config.v_head_dim))
+        key_HNR, value_HVR = weight_HXR.split((config.qk_nope_head_dim, config.v_head_dim), 1)
         q_BHSX = torch.cat((nope_BHSN @ key_HNR, q_rope_BHSr), -1)
-        out_BHSR = self.core(q_BHSX, joint_B1TX, joint_B1TX[..., : self.mla.kv_lora_rank], mask)
+        out_BHSR = self.core(q_BHSX, joint_B1TX, joint_B1TX[..., : config.kv_lora_rank], mask)
         out_BHSV = out_BHSR @ value_HVR.transpose(1, 2)
         return self.o_proj(out_BHSV.transpose(1, 2).flatten(-2))

@@ -22,7 +22,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -30,110 +29,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modellink.config.schema import ModelConfig
-from modellink.errors import ModelLinkError
 from modellink.models.layers import ACTIVATIONS, MLP
 
-SCORINGS = ("softmax_selected", "softmax", "sigmoid")
-DROP_POLICIES = ("probs", "position")
 
-
-@dataclass(frozen=True)
-class MoEConfig:
-    """What a mixture-of-experts MLP needs beyond the sizes of the decoder.
-
-    scoring: "softmax_selected" takes the softmax over the k chosen logits (Mixtral, Grok, gpt-oss); "softmax" over all
-    experts before choosing (Qwen, DeepSeek-V2); "sigmoid" scores every expert by itself (DeepSeek-V3, GLM-4.5).
-    With groups, only experts of the `topk_group` best groups are eligible; a group is as good as its best expert, or
-    with sigmoid its two best. The routed scaling multiplies weights that were not renormalised, and sigmoid weights
-    always: so do both DeepSeek releases.
-    """
-
-    num_experts: int
-    moe_ffn_hidden_size: int
-    router_topk: int = 2
-    scoring: str = "softmax_selected"
-    norm_topk_prob: bool = False
-    num_groups: int = 1
-    topk_group: int = 1
-    routed_scaling_factor: float = 1.0
-    router_bias: bool = False
-    correction_bias: bool = False
-    input_jitter: float = 0.0
-    n_shared_experts: int = 0
-    shared_expert_gate: bool = False
-    shared_expert_gate_dimension: int = 1
-    aux_loss_coeff: float = 0.0
-    device_aux_loss_coeff: float = 0.0
-    communication_aux_loss_coeff: float = 0.0
-    z_loss_coeff: float = 0.0
-    sequence_aux_loss: bool = False
-    capacity_factor: float | None = None
-    drop_policy: str = "probs"
-    pad_to_capacity: bool = False
-    grouped_gemm: bool = True
-    swiglu_limit: float | None = None
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.router_topk <= self.num_experts:
-            raise ModelLinkError(
-                f"a token cannot go to {self.router_topk} of {self.num_experts} experts: "
-                "lower --moe-router-topk or raise --num-experts."
-            )
-        if self.num_experts % self.num_groups or not 1 <= self.topk_group <= self.num_groups:
-            raise ModelLinkError(
-                f"{self.num_experts} experts do not fall into {self.num_groups} equal groups of which "
-                f"{self.topk_group} are chosen: change the number of groups or --topk-group."
-            )
-        if self.topk_group * (self.num_experts // self.num_groups) < self.router_topk:
-            raise ModelLinkError(
-                f"{self.topk_group} groups of {self.num_experts // self.num_groups} experts hold fewer than the "
-                f"{self.router_topk} that a token goes to: raise --topk-group."
-            )
-        if self.pad_to_capacity and self.capacity_factor is None:
-            raise ModelLinkError(
-                "padding experts to their capacity needs a capacity: set --moe-expert-capacity-factor."
-            )
-        if self.scoring not in SCORINGS or self.drop_policy not in DROP_POLICIES:
-            raise ModelLinkError(
-                f"router scoring {self.scoring!r} must be one of {SCORINGS} and "
-                f"drop policy {self.drop_policy!r} one of {DROP_POLICIES}."
-            )
-
-    def capacity(self, pairs: int) -> int:
-        """Most rows an expert takes of `pairs` = T k: their even share times the capacity factor, rounded up."""
-        return pairs if self.capacity_factor is None else math.ceil(pairs / self.num_experts * self.capacity_factor)
-
-    @property
-    def has_losses(self) -> bool:
-        """Whether any auxiliary loss weighs anything."""
-        return any(
-            (self.aux_loss_coeff, self.device_aux_loss_coeff, self.communication_aux_loss_coeff, self.z_loss_coeff)
-        )
-
-
-def parameters(config: ModelConfig, moe: MoEConfig, active: bool = False) -> int:
-    """Parameters of one MoE MLP, or with `active` only those that one token meets."""
-    hidden, ffn, copies = config.hidden_size, moe.moe_ffn_hidden_size, 2 if config.gated_mlp else 1
-    assert hidden
-
-    def mlp(width: int) -> int:
-        return (copies + 1) * hidden * width + (copies * width + hidden) * config.mlp_bias
-
-    router = moe.num_experts * (hidden + moe.router_bias + moe.correction_bias)
-    total = router + (moe.router_topk if active else moe.num_experts) * mlp(ffn)
-    if moe.n_shared_experts:
-        total += mlp(moe.n_shared_experts * ffn)
-        total += hidden * moe.shared_expert_gate_dimension * moe.shared_expert_gate
-    return total
-
-
-def forward_flops(config: ModelConfig, moe: MoEConfig) -> int:
-    """Floating-point operations of the matrix products of one MoE MLP for one token, forward, none dropped."""
-    hidden, ffn, copies = config.hidden_size, moe.moe_ffn_hidden_size, 2 if config.gated_mlp else 1
-    assert hidden
-    width = (moe.router_topk + moe.n_shared_experts) * ffn
-    gate = moe.shared_expert_gate_dimension * (moe.shared_expert_gate and moe.n_shared_experts > 0)
-    return 2 * hidden * (moe.num_experts + (copies + 1) * width + gate)
+def capacity(config: ModelConfig, pairs: int) -> int:
+    """Most rows an expert takes of `pairs` = T k: their even share times the capacity factor, rounded up."""
+    if config.expert_capacity_factor is None:
+        return pairs
+    return math.ceil(pairs / config.num_experts * config.expert_capacity_factor)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -153,50 +56,61 @@ class Routing(NamedTuple):
 class Router(nn.Module):
     """Scores every expert for every token and chooses k. Sources: arXiv:2401.04088, 2405.04434, 2412.19437."""
 
-    def __init__(self, config: ModelConfig, moe: MoEConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.moe = moe
-        self.weight = nn.Parameter(torch.empty(moe.num_experts, config.hidden_size).normal_(0.0, config.init_std))
-        self.bias = nn.Parameter(torch.zeros(moe.num_experts)) if moe.router_bias else None
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size).normal_(0.0, config.init_std))
+        self.bias = nn.Parameter(torch.zeros(config.num_experts)) if config.router_bias else None
         # moves with the load of the experts, not with a gradient
-        self.e_score_correction_bias = (
-            nn.Parameter(torch.zeros(moe.num_experts), requires_grad=False) if moe.correction_bias else None
-        )
+        correction = nn.Parameter(torch.zeros(config.num_experts), requires_grad=False)
+        self.e_score_correction_bias = correction if config.router_correction_bias else None
 
     def forward(self, x_TD: Tensor) -> Routing:
         """[T, D] -> `Routing`."""
-        moe = self.moe
-        if self.training and moe.input_jitter:
-            x_TD = x_TD * torch.empty_like(x_TD).uniform_(1.0 - moe.input_jitter, 1.0 + moe.input_jitter)
+        config = self.config
+        if self.training and config.router_input_jitter:
+            jitter = config.router_input_jitter
+            x_TD = x_TD * torch.empty_like(x_TD).uniform_(1.0 - jitter, 1.0 + jitter)
         bias = _wide(self.bias) if self.bias is not None else None
         logits_TE = F.linear(_wide(x_TD), _wide(self.weight), bias)
-        scores_TE = logits_TE.sigmoid() if moe.scoring == "sigmoid" else logits_TE.softmax(-1)
-        experts_Tk = self._eligible(scores_TE.detach()).topk(moe.router_topk, -1).indices
-        if moe.scoring == "softmax_selected":
+        scores_TE = logits_TE.sigmoid() if config.router_scoring == "sigmoid" else logits_TE.softmax(-1)
+        experts_Tk = self._eligible(scores_TE.detach()).topk(config.router_topk, -1).indices
+        if config.router_scoring == "softmax_selected":
             return Routing(experts_Tk, logits_TE.gather(-1, experts_Tk).softmax(-1), logits_TE, scores_TE)
         weights_Tk = scores_TE.gather(-1, experts_Tk)
-        if moe.norm_topk_prob:
+        if config.norm_topk_prob:
             weights_Tk = weights_Tk / (weights_Tk.sum(-1, keepdim=True) + 1e-20)
-        if moe.scoring == "sigmoid" or not moe.norm_topk_prob:
-            weights_Tk = weights_Tk * moe.routed_scaling_factor
-        shares_TE = scores_TE / scores_TE.sum(-1, keepdim=True) if moe.scoring == "sigmoid" else scores_TE
+        if config.router_scoring == "sigmoid" or not config.norm_topk_prob:
+            weights_Tk = weights_Tk * config.routed_scaling_factor
+        shares_TE = scores_TE / scores_TE.sum(-1, keepdim=True) if config.router_scoring == "sigmoid" else scores_TE
         return Routing(experts_Tk, weights_Tk, logits_TE, shares_TE)
 
     def _eligible(self, scores_TE: Tensor) -> Tensor:
         """Scores to choose by: with the correction bias, -inf outside the chosen groups."""
-        moe = self.moe
+        config = self.config
         if self.e_score_correction_bias is not None:
             scores_TE = scores_TE + self.e_score_correction_bias
-        if moe.topk_group == moe.num_groups:
+        if config.topk_group == config.router_groups:
             return scores_TE
-        scores_TGE = scores_TE.unflatten(-1, (moe.num_groups, -1))
-        best = min(2 if moe.scoring == "sigmoid" else 1, scores_TGE.shape[-1])
-        groups = scores_TGE.topk(best, -1).values.sum(-1).topk(moe.topk_group, -1).indices
+        scores_TGE = scores_TE.unflatten(-1, (config.router_groups, -1))
+        best = min(2 if config.router_scoring == "sigmoid" else 1, scores_TGE.shape[-1])
+        groups = scores_TGE.topk(best, -1).values.sum(-1).topk(config.topk_group, -1).indices
         closed_TG = torch.ones_like(scores_TGE[..., 0], dtype=torch.bool).scatter(-1, groups, False)
         return scores_TGE.masked_fill(closed_TG[..., None], float("-inf")).flatten(-2)
 
 
-def auxiliary_losses(routing: Routing, moe: MoEConfig, batch: int) -> dict[str, Tensor]:
+def auxiliary_loss_names(config: ModelConfig) -> list[str]:
+    """The losses that `auxiliary_losses` gives for `config`."""
+    weights = {
+        "z_loss": config.z_loss_coeff,
+        "load_balancing_loss": config.aux_loss_coeff,
+        "device_loss": config.device_aux_loss_coeff,
+        "communication_loss": config.comm_aux_loss_coeff,
+    }
+    return [name for name, weight in weights.items() if weight and config.num_experts]
+
+
+def auxiliary_losses(routing: Routing, config: ModelConfig, batch: int) -> dict[str, Tensor]:
     """Each loss that weighs anything, times its coefficient, by name; scalars, means over the tokens of `routing`.
 
     The T tokens are `batch` sequences one after the other. f_e is the number of tokens sent to e, over its mean; P_e
@@ -204,45 +118,46 @@ def auxiliary_losses(routing: Routing, moe: MoEConfig, batch: int) -> dict[str, 
     Choices before dropping count. Source: arXiv:2405.04434, section 2.2.3; z-loss: arXiv:2202.08906.
     """
     losses: dict[str, Tensor] = {}
-    if moe.z_loss_coeff:
-        losses["z_loss"] = routing.logits_TE.logsumexp(-1).square().mean() * moe.z_loss_coeff
-    rows = batch if moe.sequence_aux_loss else 1
+    if config.z_loss_coeff:
+        losses["z_loss"] = routing.logits_TE.logsumexp(-1).square().mean() * config.z_loss_coeff
+    rows = batch if config.sequence_aux_loss else 1
     shares_NSE = routing.shares_TE.unflatten(0, (rows, -1))
     chosen_NSE = torch.zeros_like(shares_NSE).scatter(-1, routing.experts_Tk.unflatten(0, (rows, -1)), 1.0)
-    frequency_NE = chosen_NSE.mean(1) * (moe.num_experts / moe.router_topk)
+    frequency_NE = chosen_NSE.mean(1) * (config.num_experts / config.router_topk)
     share_NE = shares_NSE.mean(1)
-    if moe.aux_loss_coeff:
-        losses["load_balancing_loss"] = (frequency_NE * share_NE).sum(-1).mean() * moe.aux_loss_coeff
-    share_NG = share_NE.unflatten(-1, (moe.num_groups, -1)).sum(-1)
-    if moe.device_aux_loss_coeff:
-        frequency_NG = frequency_NE.unflatten(-1, (moe.num_groups, -1)).mean(-1)
-        losses["device_loss"] = (frequency_NG * share_NG).sum(-1).mean() * moe.device_aux_loss_coeff
-    if moe.communication_aux_loss_coeff:
-        touched_NSG = chosen_NSE.unflatten(-1, (moe.num_groups, -1)).amax(-1)
-        frequency_NG = touched_NSG.mean(1) * (moe.num_groups / moe.topk_group)
-        losses["communication_loss"] = (frequency_NG * share_NG).sum(-1).mean() * moe.communication_aux_loss_coeff
+    if config.aux_loss_coeff:
+        losses["load_balancing_loss"] = (frequency_NE * share_NE).sum(-1).mean() * config.aux_loss_coeff
+    share_NG = share_NE.unflatten(-1, (config.router_groups, -1)).sum(-1)
+    if config.device_aux_loss_coeff:
+        frequency_NG = frequency_NE.unflatten(-1, (config.router_groups, -1)).mean(-1)
+        losses["device_loss"] = (frequency_NG * share_NG).sum(-1).mean() * config.device_aux_loss_coeff
+    if config.comm_aux_loss_coeff:
+        touched_NSG = chosen_NSE.unflatten(-1, (config.router_groups, -1)).amax(-1)
+        frequency_NG = touched_NSG.mean(1) * (config.router_groups / config.topk_group)
+        losses["communication_loss"] = (frequency_NG * share_NG).sum(-1).mean() * config.comm_aux_loss_coeff
     return losses
 
 
 class _AttachLoss(torch.autograd.Function):
-    """Identity on `output` whose backward also differentiates the scalar `loss`."""
+    """Identity on `output` whose backward also differentiates the scalar `loss` and calls `record` once."""
 
     @staticmethod
-    def forward(ctx, output: Tensor, loss: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.like = loss.new_ones(())
+    def forward(ctx, output: Tensor, loss: Tensor, record: Callable[[], None]) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.like, ctx.record = loss.new_ones(()), record
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-        return grad, ctx.like
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
+        ctx.record()
+        return grad, ctx.like, None
 
 
 class Experts(nn.Module):
     """E MLPs of one shape as stacked parameters, run on rows that are sorted by expert."""
 
-    def __init__(self, config: ModelConfig, moe: MoEConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        experts, ffn, hidden = moe.num_experts, moe.moe_ffn_hidden_size, config.hidden_size
+        experts, ffn, hidden = config.num_experts, config.moe_ffn_hidden_size, config.hidden_size
 
         def weight(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape).normal_(0.0, config.init_std))
@@ -256,7 +171,7 @@ class Experts(nn.Module):
         self.gate_proj_bias = bias(ffn, config.gated_mlp)
         self.up_proj_bias, self.down_proj_bias = bias(ffn), bias(hidden)
         self.activation = ACTIVATIONS[config.activation]
-        self.grouped, self.limit = moe.grouped_gemm, moe.swiglu_limit
+        self.grouped, self.limit = config.moe_grouped_gemm, config.swiglu_limit
 
     def forward(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
         """Rows [R, D], the first counts_E[0] (int64 [E], sum R) of them for expert 0, and so on -> [R, D]."""
@@ -308,19 +223,19 @@ class _Order(NamedTuple):
     slots_R: Tensor | None  # int64: with padding, the row each pair takes
 
 
-def expert_order(routing: Routing, moe: MoEConfig) -> _Order:
+def expert_order(routing: Routing, config: ModelConfig) -> _Order:
     """Sort pairs by expert (by token within one) and drop what exceeds the capacity.
 
     "probs" keeps the largest weights, "position" the first tokens.
     """
     experts_P = routing.experts_Tk.flatten()
-    everyone = torch.arange(moe.num_experts, device=experts_P.device)
-    if moe.capacity_factor is None:
+    everyone = torch.arange(config.num_experts, device=experts_P.device)
+    if config.expert_capacity_factor is None:
         sorted_P, pairs_P = experts_P.sort(stable=True)
         ends_E = torch.searchsorted(sorted_P, everyone, right=True)
         return _Order(pairs_P, ends_E.diff(prepend=ends_E.new_zeros(1)), None)
-    capacity = moe.capacity(len(experts_P))
-    if moe.drop_policy == "probs":
+    limit = capacity(config, len(experts_P))
+    if config.token_drop_policy == "probs":
         best = routing.weights_Tk.detach().flatten().sort(descending=True, stable=True).indices
         pairs_P = best[experts_P[best].sort(stable=True).indices]
     else:
@@ -329,30 +244,33 @@ def expert_order(routing: Routing, moe: MoEConfig) -> _Order:
     ends_E = torch.searchsorted(sorted_P, everyone, right=True)
     counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
     place_P = torch.arange(len(pairs_P), device=pairs_P.device) - (ends_E - counts_E)[sorted_P]
-    kept_P = place_P < capacity
-    slots_R = (sorted_P * capacity + place_P)[kept_P] if moe.pad_to_capacity else None
-    counts_E = torch.full_like(counts_E, capacity) if moe.pad_to_capacity else counts_E.clamp(max=capacity)
+    kept_P = place_P < limit
+    slots_R = (sorted_P * limit + place_P)[kept_P] if config.pad_experts_to_capacity else None
+    counts_E = torch.full_like(counts_E, limit) if config.pad_experts_to_capacity else counts_E.clamp(max=limit)
     return _Order(pairs_P[kept_P], counts_E, slots_R)
 
 
 class MoE(nn.Module):
     """The mixture-of-experts MLP of one layer: drop-in for `layers.MLP`."""
 
-    def __init__(self, config: ModelConfig, moe: MoEConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.moe = moe
-        self.gate = Router(config, moe)
-        self.experts = Experts(config, moe)
-        shared = dataclasses.replace(config, ffn_hidden_size=moe.n_shared_experts * moe.moe_ffn_hidden_size)
-        self.shared_experts = MLP(shared) if moe.n_shared_experts else None
-        gated = moe.n_shared_experts and moe.shared_expert_gate
-        width = moe.shared_expert_gate_dimension
+        self.config = config
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        shared = dataclasses.replace(config, ffn_hidden_size=config.n_shared_experts * config.moe_ffn_hidden_size)
+        self.shared_experts = MLP(shared) if config.n_shared_experts else None
+        gated = config.n_shared_experts and config.shared_expert_gate
+        width = config.shared_expert_gate_dimension
         self.shared_expert_gate = nn.Linear(config.hidden_size, width, bias=False) if gated else None
         # expert parallelism hands in another way of running the sorted rows
         self.run_experts: Callable[[Tensor, Tensor], Tensor] | None = None
         self.token_weight: Tensor | float | None = None  # see the top of this module
-        self.losses: dict[str, Tensor] = {}  # of the last forward in training, detached, times their coefficients
-        self.load_E: Tensor | None = None  # tokens per expert of the last forward in training, before dropping
+        # sums over the backward passes since `reset_statistics`
+        self.losses: dict[
+            str, Tensor
+        ] = {}  # auxiliary losses, times their coefficients and the positions they hold for
+        self.load_E: Tensor | None = None  # int64: tokens per expert, before dropping
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
@@ -365,14 +283,14 @@ class MoE(nn.Module):
                 shared_TD = shared_TD * torch.sigmoid(self.shared_expert_gate(x_TD))
             y_TD = y_TD + shared_TD
         if self.training:
-            y_TD = self._attach_losses(y_TD, routing, x_BSD.shape[:-1])
+            y_TD = self._attach_losses(y_TD, routing, len(x_BSD))
         return y_TD.view_as(x_BSD)
 
     def _routed(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        pairs_R, counts_E, slots_R = expert_order(routing, self.moe)
-        x_RD = x_TD[pairs_R // self.moe.router_topk]
+        pairs_R, counts_E, slots_R = expert_order(routing, self.config)
+        x_RD = x_TD[pairs_R // self.config.router_topk]
         if slots_R is not None:
-            rows = self.moe.num_experts * self.moe.capacity(routing.experts_Tk.numel())
+            rows = self.config.num_experts * capacity(self.config, routing.experts_Tk.numel())
             x_RD = x_RD.new_zeros(rows, x_RD.shape[-1]).index_copy(0, slots_R, x_RD)
         y_RD = (self.run_experts or self.experts)(x_RD, counts_E)
         if slots_R is not None:
@@ -381,16 +299,23 @@ class MoE(nn.Module):
         weights_Tk = routing.weights_Tk.to(y_PD.dtype)
         return (y_PD.unflatten(0, weights_Tk.shape) * weights_Tk[..., None]).sum(1)
 
-    def _attach_losses(self, y_TD: Tensor, routing: Routing, shape: torch.Size) -> Tensor:
-        with torch.no_grad():
-            self.load_E = torch.zeros_like(routing.logits_TE[0]).index_add(
-                0, routing.experts_Tk.flatten(), routing.weights_Tk.new_ones(routing.experts_Tk.numel())
-            )
-        if not self.moe.has_losses:
-            return y_TD
-        losses = auxiliary_losses(routing, self.moe, shape[0])
-        self.losses = {name: loss.detach() for name, loss in losses.items()}
-        total = torch.stack(list(losses.values())).sum()
+    def _attach_losses(self, y_TD: Tensor, routing: Routing, batch: int) -> Tensor:
+        losses = auxiliary_losses(routing, self.config, batch)
+        total = sum(losses.values(), start=routing.logits_TE.new_zeros(()))
         if self.token_weight is not None:
             total = total * (len(y_TD) * self.token_weight)
-        return _AttachLoss.apply(y_TD, total) if total.requires_grad else y_TD
+        values = {name: loss.detach() * len(y_TD) for name, loss in losses.items()}
+        experts_Tk = routing.experts_Tk
+
+        def record() -> None:
+            # in backward, which happens once a batch; recomputation makes a second forward
+            load_E = torch.bincount(experts_Tk.flatten(), minlength=self.config.num_experts)
+            self.load_E = load_E if self.load_E is None else self.load_E + load_E
+            for name, value in values.items():
+                self.losses[name] = self.losses.get(name, 0.0) + value
+
+        return _AttachLoss.apply(y_TD, total, record)
+
+    def reset_statistics(self) -> None:
+        """Forget losses and loads: a new step begins."""
+        self.losses, self.load_E = {}, None

@@ -76,13 +76,14 @@ def apply_data_parallel(model: Decoder, topology: Topology, compute_dtype: torch
     drops them after forward.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    kept = {parameter for parameter in model.parameters() if not parameter.requires_grad}  # in fp32, on every rank
     mesh = topology.mesh["dp_replicate", "dp_shard"]
     if topology.size("dp_replicate") == 1:
         mesh = topology.mesh["dp_shard"]
     reshard = topology.zero_stage == 3 and topology.size("pp") == 1
     for layer in model.layers.values():
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=kept)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=kept)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # the loss is already divided by the global token count; gloo knows no scaled sums
@@ -121,7 +122,9 @@ def build_model(
     for spec in specs:
         with torch.device("meta"):
             chunk = Decoder(model, spec.layers, spec.first, spec.last)
-        chunk.to(torch.float32 if data_parallel else dtype)
+        for parameter in chunk.parameters():  # what no gradient moves is kept in fp32
+            if parameter.requires_grad and not data_parallel:
+                parameter.data = parameter.data.to(dtype)
         if topology.size("tp") > 1:
             apply_tensor_parallel(chunk, topology.mesh["tp"], parallel.sequence_parallel)
         apply_recompute(chunk, parallel)

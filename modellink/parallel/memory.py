@@ -76,13 +76,21 @@ class _Layout:
     def layers_of(self, stage: int) -> int:
         return self.parallel.layers_per_stage[stage] if self.parallel.layers_per_stage else self.chunk * self.chunks
 
+    def layers_at(self, stage: int) -> list[int]:
+        """Indices of the layers of `stage`: neighbours, or its chunks of an interleaved pipeline."""
+        if self.parallel.layers_per_stage:
+            start = sum(self.parallel.layers_per_stage[:stage])
+            return list(range(start, start + self.layers_of(stage)))
+        starts = [(chunk * self.stages + stage) * self.chunk for chunk in range(self.chunks)]
+        return [start + layer for start in starts for layer in range(self.chunk)]
+
     # --- states -------------------------------------------------------------------------------------------------------
 
     def states(self, stage: int) -> tuple[int, int, int]:
         """(weights, gradients, optimizer) in bytes."""
         outer = outer_parameters(self.model, self.tensor, stage == 0, stage == self.stages - 1)
-        layer = layer_parameters(self.model, self.tensor)
-        held = outer + layer * self.layers_of(stage)
+        layers = [layer_parameters(self.model, layer, self.tensor) for layer in self.layers_at(stage)]
+        held = outer + sum(layers)
         moments = 8 if self.optimizer.optimizer == "adam" else 4
         if self.data == 1:
             master = 0 if self.item == 4 else 2 if self.optimizer.split_master else 4
@@ -90,28 +98,37 @@ class _Layout:
         shard = held // self.shards
         gathered = held
         if self.zero == 3 and self.stages == 1:
-            gathered = outer + 2 * layer  # the layer at work and the one that is fetched ahead
+            gathered = outer + 2 * max(layers)  # the layer at work and the one that is fetched ahead
         # stage 2 and 3 reduce after each micro-batch, a pipeline and the others once a step
         waits = self.micro_batches > 1 and (self.zero < 2 or self.stages > 1)
         return 4 * shard + self.item * gathered, 4 * (held if waits else shard), moments * shard
 
     # --- activations --------------------------------------------------------------------------------------------------
 
-    def layer_activations(self, stored: bool) -> int:
-        """Bytes that one layer keeps for one micro-batch; `stored` False under full recomputation: its input alone."""
+    def layer_input(self) -> int:
+        """Bytes of a layer's input for one micro-batch: all that full recomputation keeps of it."""
+        width = (4 if self.model.fp32_residual else self.item) * self.model.hidden_size
+        return self.rows * self.length * width // (self.tensor if self.parallel.sequence_parallel else 1)
+
+    def layer_activations(self, layer: int) -> int:
+        """Bytes that `layer` keeps for one micro-batch without recomputation."""
         model, item = self.model, self.item
         tokens, tensor = self.rows * self.length, self.tensor
         between = tensor if self.parallel.sequence_parallel else 1
-        width = (4 if model.fp32_residual else item) * model.hidden_size
-        if not stored:
-            return tokens * width // between
         query, key_value = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
         inside = self._norm_keeps() * model.hidden_size
         norms = (4 if model.sandwich_norm else 2) * inside // between + 2 * item * model.hidden_size
-        heads = item * (2 * query + 2 * key_value) + self._norm_keeps() * (query + key_value) * model.qk_norm
-        mlp = item * model.ffn_hidden_size * (4 if model.gated_mlp else 2)
+        if model.multi_head_latent_attention:  # query and key, value and output; the latents are small
+            heads = item * 2 * (query + model.num_attention_heads * model.v_head_dim)
+        else:
+            heads = item * 2 * (query + key_value) + self._norm_keeps() * (query + key_value) * model.qk_norm
+        width, routed = model.ffn_hidden_size, 0
+        if model.layer_has_experts(layer):
+            width = (model.router_topk + model.n_shared_experts) * model.moe_ffn_hidden_size
+            routed = 2 * item * model.router_topk * model.hidden_size  # a copy for every choice, in and out
+        mlp = item * width * (4 if model.gated_mlp else 2)
         dropout = 2 * model.hidden_size // between if model.hidden_dropout else 0
-        per_token = norms + (heads + mlp) // tensor + dropout
+        per_token = norms + (heads + mlp) // tensor + routed + dropout
         return tokens * per_token + self._scores()
 
     def _norm_keeps(self) -> int:
@@ -121,24 +138,27 @@ class _Layout:
         return 4 + (4 if self.model.norm_weight_in_fp32 else self.item)
 
     def _scores(self) -> int:
-        """Bytes of attention scores where a soft cap keeps them (capped, softmax, cast); fused kernels keep none."""
-        if self.model.attention_logit_softcap is None or self.parallel.recompute_granularity == "selective":
+        """Bytes of attention scores where a soft cap or sinks keep them (capped, softmax, cast); kernels keep none."""
+        fused = self.model.attention_logit_softcap is None and not self.model.attention_sinks
+        if fused or self.parallel.recompute_granularity == "selective":
             return 0
         heads = self.model.num_attention_heads // self.tensor
         return self.rows * heads * self.length * self.length * (8 + self.item % 4)
 
     def activations(self, stage: int) -> int:
         """Bytes that autograd keeps on `stage` when most micro-batches are under way, and the logits there."""
-        parallel, layers = self.parallel, self.layers_of(stage)
-        whole, least = self.layer_activations(True), self.layer_activations(False)
+        parallel, least = self.parallel, self.layer_input()
+        whole = [self.layer_activations(layer) for layer in self.layers_at(stage)]
         if parallel.recompute_granularity != "full":
-            each, at_work = layers * whole, 0
+            each, at_work = sum(whole), 0
         elif parallel.recompute_method == "block":
-            count = min(layers, layers if parallel.recompute_num_layers is None else parallel.recompute_num_layers)
-            each, at_work = count * least + (layers - count) * whole, whole if count else 0
+            count = len(whole) if parallel.recompute_num_layers is None else parallel.recompute_num_layers
+            each = min(count, len(whole)) * least + sum(whole[count:])
+            at_work = max(whole[:count], default=0)
         else:
             size = parallel.recompute_num_layers or 1
-            each, at_work = math.ceil(layers / size) * least, min(size, layers) * whole
+            each = math.ceil(len(whole) / size) * least
+            at_work = max(sum(whole[start : start + size]) for start in range(0, len(whole), size))
         kept = int(each * self._under_way(stage)) + at_work
         if stage == self.stages - 1:
             tokens = self.rows * self.length

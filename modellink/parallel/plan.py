@@ -11,6 +11,8 @@ parallelism Korthikanti et al. (arXiv:2205.05198).
     block          entry of attention and MLP: the sequence shard is gathered here, once for all column splits inside
     norm           replicated, works on the sequence shard
     head_norm      replicated, works on the local heads
+    experts        the width of every expert is split, as column and row split one MLP
+    heads          one number a query head, split as the heads are
     positions      replicated embedding whose output is cut to the sequence shard
 """
 
@@ -26,6 +28,9 @@ PLAN: tuple[tuple[str, str], ...] = (
     ("layers.*.self_attn", "block"),
     ("layers.*.self_attn.[qkv]_proj", "column"),
     ("layers.*.self_attn.[qk]_norm", "head_norm"),
+    ("layers.*.self_attn.q_b_proj", "column"),
+    ("layers.*.self_attn.kv_b_proj", "column"),
+    ("layers.*.self_attn.core", "heads"),
     ("layers.*.self_attn.o_proj", "row"),
     ("layers.*.attention_output_norm", "norm"),
     ("layers.*.post_attention_layernorm", "norm"),
@@ -33,6 +38,10 @@ PLAN: tuple[tuple[str, str], ...] = (
     ("layers.*.mlp.gate_proj", "column"),
     ("layers.*.mlp.up_proj", "column"),
     ("layers.*.mlp.down_proj", "row"),
+    ("layers.*.mlp.experts", "experts"),
+    ("layers.*.mlp.shared_experts.gate_proj", "column"),
+    ("layers.*.mlp.shared_experts.up_proj", "column"),
+    ("layers.*.mlp.shared_experts.down_proj", "row"),
     ("layers.*.mlp_output_norm", "norm"),
     ("norm", "norm"),
     ("lm_head", "vocabulary_out"),
@@ -42,9 +51,14 @@ PLAN: tuple[tuple[str, str], ...] = (
 SPLIT_DIMENSION: dict[str, dict[str, int]] = {
     "column": {"weight": 0, "bias": 0},
     "row": {"weight": 1},
+    "experts": {"gate_proj": 1, "up_proj": 1, "down_proj": 2, "gate_proj_bias": 1, "up_proj_bias": 1},
+    "heads": {"sinks": 0},
     "vocabulary_in": {"weight": 0},
     "vocabulary_out": {"weight": 0, "bias": 0},
 }
+
+# added to what the ranks of the group sum up, so each of them adds its share of it
+SUMMED = ("o_proj.bias", "down_proj.bias", "experts.down_proj_bias")
 
 
 def kind_of(module_name: str) -> str | None:

@@ -44,7 +44,8 @@ def apply_recompute(model: Decoder, parallel: ParallelConfig) -> None:
     if parallel.recompute_granularity == "selective":
         layers: Any = model.layers.values()
         for layer in layers:
-            layer.self_attn.run_core = RecomputedCall(layer.self_attn.core)
+            attention = layer.self_attn
+            attention.run_core = RecomputedCall(attention.run_core or attention.core)
     elif parallel.recompute_granularity == "full":
         count = parallel.recompute_num_layers
         if parallel.recompute_method == "block":

@@ -1,4 +1,9 @@
-"""Tensor and sequence parallelism: the plan's kinds turned into DTensor styles."""
+"""Tensor and sequence parallelism: the plan's kinds turned into DTensor styles.
+
+Most modules become DTensor programs. Latent attention, experts and sinks sort, split and concatenate in ways that need
+no communication but that DTensor cannot see through: they run as a `LocalRegion`, on this rank's shards as plain
+tensors, with one sum over the group at the end.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -19,12 +24,15 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
+from torch.func import functional_call
 
 from modellink import device
 from modellink.models.attention import AttentionCore
 from modellink.models.decoder import Decoder
 from modellink.models.layers import Dropout
-from modellink.parallel.plan import kind_of
+from modellink.models.mla import LatentAttention
+from modellink.models.moe import MoE
+from modellink.parallel.plan import SUMMED, kind_of, split_dimension
 
 
 class ReplicatedEmbedding(ParallelStyle):
@@ -48,6 +56,57 @@ class ReplicatedEmbedding(ParallelStyle):
         return distribute_module(module, device_mesh, self._partition, enter, leave)
 
 
+class LocalRegion:
+    """Runs `module` on this rank's shards as plain tensors; what the ranks return are parts of one sum.
+
+    Activations arrive and leave as they lie `between` blocks; None: arguments and result are split over heads already.
+    Replicated parameters meet another part of the work on every rank, so their gradients are partial sums too.
+    """
+
+    def __init__(self, module: nn.Module, mesh: DeviceMesh, between: Shard | Replicate | None) -> None:
+        self.module, self.mesh, self.between = module, mesh, between
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        local = {name: self._local(name, parameter) for name, parameter in self.module.named_parameters()}
+        if self.between is None:
+            return functional_call(self.module, local, (x, *args), kwargs)
+        whole = DTensor.from_local(x, self.mesh, [self.between], run_check=False).redistribute(placements=[Replicate()])
+        part = functional_call(self.module, local, (whole.to_local(grad_placements=[Partial()]), *args), kwargs)
+        sum_of_parts = DTensor.from_local(part, self.mesh, [Partial()], run_check=False)
+        return sum_of_parts.redistribute(placements=[self.between]).to_local()
+
+    def _local(self, name: str, parameter: Any) -> Tensor:
+        gradients = [Partial() if p.is_replicate() else p for p in parameter.placements]
+        local: Tensor = parameter.to_local(grad_placements=gradients)
+        return local / self.mesh.size() if name.endswith(SUMMED) else local
+
+
+def apply_local_regions(model: Decoder, mesh: DeviceMesh, between: Shard | Replicate) -> list[str]:
+    """Shard latent attention, experts and sinks by the plan and hand in regions to run them; returns their names."""
+    regions = []
+    layers: Any = model.layers.items()
+    for index, layer in layers:
+        attention, mlp, name = layer.self_attn, layer.mlp, f"layers.{index}"
+        if isinstance(attention, LatentAttention):
+            layer.run_attention = LocalRegion(attention, mesh, between)
+            regions.append(f"{name}.self_attn")
+        elif attention.core.sinks is not None:
+            attention.run_core = LocalRegion(attention.core, mesh, None)
+            regions.append(f"{name}.self_attn.core")
+        if isinstance(mlp, MoE):
+            layer.run_mlp = LocalRegion(mlp, mesh, between)
+            regions.append(f"{name}.mlp")
+    for region in regions:
+        for name, parameter in list(model.get_submodule(region).named_parameters(prefix=region)):
+            dim = split_dimension(name)
+            placement = Replicate() if dim is None else Shard(dim)
+            split = distribute_tensor(parameter, mesh, [placement], src_data_rank=None)
+            owner, _, leaf = name.rpartition(".")
+            owned = nn.Parameter(split, requires_grad=parameter.requires_grad)
+            model.get_submodule(owner).register_parameter(leaf, owned)
+    return regions
+
+
 def style_of(kind: str, sequence_parallel: bool) -> ParallelStyle | None:
     """DTensor style of a plan kind. Between blocks activations are split over the sequence, or whole on every rank."""
     between = Shard(1) if sequence_parallel else Replicate()
@@ -55,6 +114,7 @@ def style_of(kind: str, sequence_parallel: bool) -> ParallelStyle | None:
         "vocabulary_in": lambda: RowwiseParallel(input_layouts=Replicate(), output_layouts=between),
         "positions": lambda: ReplicatedEmbedding(between),
         "norm": lambda: SequenceParallel(use_local_output=True) if sequence_parallel else None,
+        "heads": lambda: None,
         "head_norm": lambda: SequenceParallel(sequence_dim=2, use_local_output=True),
         # stays a DTensor inside the block, so that the column splits' input gradients are summed before one reduction
         "block": lambda: PrepareModuleInput(input_layouts=(between,), desired_input_layouts=(Replicate(),)),
@@ -87,9 +147,11 @@ def own_random_stream(rank: int) -> Callable[[], AbstractContextManager[object]]
 
 def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence_parallel: bool) -> None:
     """Shard `model` (parameters may be on the meta device) over the one-dimensional tensor `mesh`, in place."""
+    regions = apply_local_regions(model, mesh, Shard(1) if sequence_parallel else Replicate())
+    inside = tuple(f"{region}." for region in regions)
     styles = {}
     for name, _ in model.named_modules():
-        kind = kind_of(name)
+        kind = None if f"{name}.".startswith(inside) else kind_of(name)
         style = style_of(kind, sequence_parallel) if kind is not None else None
         if style is not None:
             styles[name] = style

@@ -7,7 +7,7 @@ are sums over tokens divided by the token count of the *global* batch before bac
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from modellink.config.schema import Config, OptimizerConfig
+from modellink.models.moe import MoE, auxiliary_loss_names
 from modellink.optim.adamw import MixedPrecisionAdamW
 from modellink.optim.grad_norm import (
     clip_coefficient,
@@ -42,6 +43,7 @@ class StepResult:
     grad_norm: Tensor  # fp32 scalar, before clipping
     skipped: bool  # True when fp16 gradients overflowed and nothing was updated
     zeros: Tensor | None = None
+    auxiliary: dict[str, Tensor] = field(default_factory=dict)  # losses of routers, mean over layers and tokens
 
 
 class Float32Accumulation:
@@ -105,6 +107,7 @@ class Engine:
         vocab_size: Any = config.model.vocab_size or config.model.padded_vocab_size
         self.loss = loss or (lambda logits, labels: cross_entropy_sum(logits, labels, vocab_size, vocabulary_group))
         self._fsdp = model.fsdp_modules()
+        self._experts = [module for chunk in model.chunks for module in chunk.modules() if isinstance(module, MoE)]
         # FSDP accumulates in its reduce dtype by itself; fp32 parameters need nothing
         if not self._fsdp and config.optimizer.dtype != "float32":
             Float32Accumulation([p for _, p in model.named_parameters() if p.requires_grad])
@@ -126,6 +129,8 @@ class Engine:
         divisor = self._token_count(labels)
         scale = self.scaler.scale if self.scaler is not None else 1.0
 
+        self._weigh_experts(labels, scale)
+
         def loss_fn(logits: Tensor, target: Tensor) -> Tensor:
             return self.loss(logits, target) * (scale / divisor)
 
@@ -136,6 +141,29 @@ class Engine:
         else:
             total = self._accumulate(batch, micro_batch_size, loss_fn)
         return self._global_loss(total) / scale
+
+    def _positions(self, labels_BS: Tensor) -> Tensor:
+        """fp32 scalar: positions of the global batch, with or without a label (routers see them all)."""
+        return self.topology.sum_over_data(torch.tensor(float(labels_BS.numel()), device=self.device))
+
+    def _weigh_experts(self, labels_BS: Tensor, scale: Tensor | float) -> None:
+        """Give auxiliary losses their weight in this step; every tensor rank adds its share of them."""
+        if self.config.model.num_experts:
+            weight = scale / (self._positions(labels_BS) * self.topology.size("tp"))
+            for experts in self._experts:
+                experts.reset_statistics()
+                experts.token_weight = weight
+
+    def auxiliary_losses(self, labels_BS: Tensor) -> dict[str, Tensor]:
+        """Losses of routers in the step whose labels these are: means over the global batch and the layers."""
+        names, model = auxiliary_loss_names(self.config.model), self.config.model
+        if not names:
+            return {}
+        zero = torch.zeros((), device=self.device)
+        sums = [sum((experts.losses.get(name, zero) for experts in self._experts), zero) for name in names]
+        total = self.topology.reduce(self.topology.sum_over_data(torch.stack(sums).float()), "pp")
+        layers = sum(model.layer_has_experts(layer) for layer in range(model.num_layers or 0))
+        return dict(zip(names, total / (self._positions(labels_BS) * layers), strict=True))
 
     def _accumulate(self, batch: Batch, micro_batch_size: int, loss_fn: Loss) -> Tensor:
         model = self.model.chunks[0]
@@ -205,7 +233,7 @@ class Engine:
         loss = self.forward_backward(batch, micro_batch_size)
         self.reduce_gradients()
         norm, skipped, zeros = self.update()
-        return StepResult(loss, norm, skipped, zeros)
+        return StepResult(loss, norm, skipped, zeros, self.auxiliary_losses(batch["labels"]))
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, micro_batch_size: int) -> tuple[Tensor, Tensor]:

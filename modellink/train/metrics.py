@@ -8,6 +8,7 @@ validation.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -21,8 +22,10 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from modellink.config.schema import ModelConfig
 from modellink.errors import ModelLinkError
 from modellink.files import atomic_write
+from modellink.models.count import attention_parameters
 
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
@@ -96,6 +99,33 @@ def model_flops(
     sparse = 2 * hidden * experts + 2 * matrices * hidden * (experts_per_token * moe_ffn + shared_ffn)
     rest = layers * 2 * attention_params + (layers - moe_layers) * dense + moe_layers * sparse + 2 * hidden * vocab
     return ModelFlops(full=3 * (rest + layers * scores), causal=3 * (rest + layers * scores // 2))
+
+
+def flops_of(model: ModelConfig, seq: int) -> ModelFlops:
+    """`model_flops` of a decoder whose sizes are resolved; multiplications only, so norms and biases do not count."""
+    latent = None
+    if model.multi_head_latent_attention:
+        plain = dataclasses.replace(model, qkv_bias=False, attention_output_bias=False, qk_norm=False)
+        latent = attention_parameters(plain)
+    moe_ffn = model.moe_ffn_hidden_size or 0
+    return model_flops(
+        layers=model.num_layers,
+        hidden=model.hidden_size,
+        ffn=model.ffn_hidden_size,
+        gated=model.gated_mlp,
+        heads=model.num_attention_heads,
+        kv_heads=model.num_key_value_heads,
+        head_dim=model.head_dim,
+        vocab=model.padded_vocab_size,
+        seq=seq,
+        value_head_dim=model.v_head_dim if latent else None,
+        attention_params=latent,
+        moe_layers=sum(model.layer_has_experts(layer) for layer in range(model.num_layers)),
+        experts=model.num_experts or 0,
+        experts_per_token=model.router_topk,
+        moe_ffn=moe_ffn,
+        shared_ffn=model.n_shared_experts * moe_ffn,
+    )
 
 
 def perplexity(loss: float) -> float:

@@ -31,7 +31,7 @@ from modellink.parallel.topology import Topology, initialize_distributed, launch
 from modellink.train.batch_size import BatchSizeSchedule
 from modellink.train.engine import Engine, StepResult
 from modellink.train.feed import Feed, RunLength, open_tokenizer, run_length
-from modellink.train.metrics import MetricsLogger, memory_line, model_flops
+from modellink.train.metrics import MetricsLogger, flops_of, memory_line
 from modellink.train.plots import draw_loss
 from modellink.train.resilience import ExitConditions, PeerWatch, SignalHandler, StopReason
 from modellink.train.state import Progress, load_state, load_weights, save_state, seed_everything, stored_vocabulary
@@ -378,17 +378,7 @@ class Trainer:
     def _announce(self) -> None:
         self._print(f"layout: {self.topology.describe()} on {self.topology.world_size} x {device.device_name()}")
         model = self.config.model
-        self.flops = model_flops(
-            layers=model.num_layers,
-            hidden=model.hidden_size,
-            ffn=model.ffn_hidden_size,
-            gated=model.gated_mlp,
-            heads=model.num_attention_heads,
-            kv_heads=model.num_key_value_heads,
-            head_dim=model.head_dim,
-            vocab=model.padded_vocab_size,
-            seq=self.config.data.seq_length,
-        )
+        self.flops = flops_of(model, self.config.data.seq_length)
         self.peak_flops = device.peak_flops(getattr(torch, self.config.optimizer.dtype))
         self._print(time.strftime("[before the start of training step] datetime: %Y-%m-%d %H:%M:%S"))
 
@@ -413,6 +403,7 @@ class Trainer:
             "skipped": result.skipped,
             "num_zeros": result.zeros,
             "params_norm": norm,
+            **{name: value.item() for name, value in result.auxiliary.items()},
         }
         self.logger.log(self.progress.iteration, {key: value for key, value in record.items() if value is not None})
 

@@ -46,6 +46,36 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True, "embedding_times_sqrt_hidden": True, "attention_logit_softcap": 20.0,
         "output_logit_softcap": 10.0, "sliding_window": 6, "window_layers": "even", "query_scale": 8.0,
     },
+    # Mixtral with every auxiliary loss, over the micro-batch
+    "moe": LLAMA
+    | {
+        "num_experts": 6, "moe_ffn_hidden_size": 24, "router_topk": 2, "router_groups": 3, "topk_group": 3,
+        "aux_loss_coeff": 0.05, "device_aux_loss_coeff": 0.03, "comm_aux_loss_coeff": 0.02, "z_loss_coeff": 0.01,
+    },
+    # DeepSeek-V2: latent attention, a dense first layer, groups, shared experts, per-sequence balance
+    "deepseek": LLAMA
+    | {
+        "num_key_value_heads": 8, "multi_head_latent_attention": True, "q_lora_rank": 20, "kv_lora_rank": 16,
+        "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8, "qk_norm": True,
+        "num_experts": 8, "moe_ffn_hidden_size": 16, "router_topk": 3, "router_scoring": "softmax",
+        "router_groups": 4, "topk_group": 2, "routed_scaling_factor": 2.0, "n_shared_experts": 2,
+        "first_k_dense_replace": 1, "aux_loss_coeff": 0.05, "device_aux_loss_coeff": 0.02, "sequence_aux_loss": True,
+    },
+    # DeepSeek-V3's router, gpt-oss's biases, clamps and sinks, every second layer sparse, tokens dropped
+    "sigmoid": LLAMA
+    | {
+        "num_experts": 4, "moe_ffn_hidden_size": 24, "router_topk": 2, "router_scoring": "sigmoid",
+        "norm_topk_prob": True, "routed_scaling_factor": 1.5, "router_bias": True, "router_correction_bias": True,
+        "mlp_bias": True, "attention_output_bias": True, "qkv_bias": True, "attention_sinks": True,
+        "swiglu_limit": 1.5, "moe_layer_freq": 2, "n_shared_experts": 1, "shared_expert_gate": True,
+        "expert_capacity_factor": 1.2, "sliding_window": 6, "window_layers": "even", "rope_theta_window": 100.0,
+    },
+    # latent attention without a query latent, with biases, all dense
+    "latent": LLAMA
+    | {
+        "num_key_value_heads": 8, "multi_head_latent_attention": True, "kv_lora_rank": 16, "qk_nope_head_dim": 6,
+        "qk_rope_head_dim": 4, "v_head_dim": 8, "qkv_bias": True, "attention_output_bias": True,
+    },
 }  # fmt: skip
 
 
@@ -83,12 +113,15 @@ def train(model: str, parallel: dict[str, Any], micro_batch: int = 1, **optimize
     dtype = getattr(torch, config.optimizer.dtype)
     built = build_model(config.model, config.parallel, topology, torch.device("cpu"), dtype, seed=7)
     engine = Engine(built, config)
-    result: dict[str, Any] = {"losses": [], "norms": [], "gradients": []}
+    result: dict[str, Any] = {"losses": [], "norms": [], "gradients": [], "auxiliary": {}}
     for batch in batches():
         mine = rows_of(batch, micro_batch, topology.dp, topology.dp_rank)
         result["losses"].append(engine.forward_backward(mine, micro_batch).item())
         engine.reduce_gradients()
-        result["gradients"].append({name: whole(gradient_of(p)) for name, p in built.named_parameters()})
+        moved = [(name, p) for name, p in built.named_parameters() if p.requires_grad]
+        result["gradients"].append({name: whole(gradient_of(p)) for name, p in moved})
+        for name, value in engine.auxiliary_losses(mine["labels"]).items():
+            result["auxiliary"].setdefault(name, []).append(value.item())
         norm, _, _ = engine.update()
         result["norms"].append(norm.item())
     loss, count = engine.evaluate(mine, micro_batch)
@@ -109,13 +142,17 @@ def run_cases(rank: int, world_size: int, cases: list[tuple[str, dict[str, Any],
 
 def compare(per_rank: list[dict[str, Any]], reference: dict[str, Any]) -> dict[str, float]:
     """Largest relative error of loss, gradient norm, any gradient of any step, any final weight, over all ranks."""
-    errors = {"loss": 0.0, "norm": 0.0, "gradient": 0.0, "weight": 0.0, "evaluation": 0.0}
+    errors = {"loss": 0.0, "norm": 0.0, "gradient": 0.0, "weight": 0.0, "evaluation": 0.0, "auxiliary": 0.0}
     seen = set()
     for result in per_rank:
         for ours, theirs in zip(result["losses"], reference["losses"], strict=True):
             errors["loss"] = max(errors["loss"], abs(ours - theirs) / abs(theirs))
         for ours, theirs in zip(result["norms"], reference["norms"], strict=True):
             errors["norm"] = max(errors["norm"], abs(ours - theirs) / abs(theirs))
+        assert set(result["auxiliary"]) == set(reference["auxiliary"])
+        for name, values in result["auxiliary"].items():
+            for ours, theirs in zip(values, reference["auxiliary"][name], strict=True):
+                errors["auxiliary"] = max(errors["auxiliary"], abs(ours - theirs) / abs(theirs))
         for ours, theirs in zip(result["gradients"], reference["gradients"], strict=True):
             # a gradient that is zero but for rounding has no relative error of its own
             floor = 1e-3 * max(value.abs().max().item() for value in theirs.values())

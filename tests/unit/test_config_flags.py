@@ -149,8 +149,6 @@ def test_bad_command_lines(argv: list[str], words: list[str]) -> None:
 @pytest.mark.parametrize(
     "argv",
     [
-        ["--num-experts", "8"],
-        ["--multi-head-latent-attention"],
         ["--lora-target-modules", "dense"],
         ["--swap-attention"],
         ["--output-layer-slice-num", "10"],

@@ -24,8 +24,6 @@ PROGRAM = {
 # One script misspells a flag; the reference stops at it as well.
 MISSPELT = "--use-rotary-position-embedding"
 LATER = {
-    "--num-experts",
-    "--multi-head-latent-attention",
     "--lora-load",
     "--lora-target-modules",
     "--swap-attention",
@@ -99,7 +97,8 @@ def test_dense_lines_without_a_later_feature_all_resolve(outcomes: list[tuple[di
         args = line["args"]
         if PROGRAM[line["program"]] in ("preprocess", "convert"):
             continue
-        later = LATER & set(args) or int(args.get("--context-parallel-size", 1)) > 1 or MISSPELT in args
+        groups = max(int(args.get(f"--{kind}-parallel-size", 1)) for kind in ("context", "expert-model"))
+        later = LATER & set(args) or groups > 1 or MISSPELT in args
         assert (result == "resolved") == (not later), f"{line['script']}: {result}"
 
 

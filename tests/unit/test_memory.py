@@ -86,7 +86,8 @@ def test_parameters_of_a_tensor_rank_follow_the_plan(monkeypatch: pytest.MonkeyP
     with torch.device("meta"):
         parameters = Decoder(model).named_parameters()
     by_plan = sum(p.numel() // (1 if split_dimension(name) is None else 2) for name, p in parameters)
-    formula = outer_parameters(model, 2, True, True) + (model.num_layers or 0) * layer_parameters(model, 2)
+    layers = range(model.num_layers or 0)
+    formula = outer_parameters(model, 2, True, True) + sum(layer_parameters(model, layer, 2) for layer in layers)
     assert by_plan == formula
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from modellink.config.experts import check_experts
 from modellink.config.schema import ModelConfig
 from modellink.errors import ModelLinkError
 from modellink.models.families.spelling import (
@@ -127,6 +128,7 @@ class Family:
         keys.finish()
         config = ModelConfig(**fields).resolve()
         _check_sizes(config, where)
+        check_experts(config)
         return config
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
