@@ -14,14 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modellink.models.decoder import Decoder
-from modellink.models.moe import MoE, Routing
+from modellink.models.moe import MoE
 
 
-class InferenceMoE(MoE):
-    """Passes no gradient through the routed experts: some original code runs them so outside training."""
-
-    def _routed(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        return super()._routed(x_TD, routing).detach()
+def cut_expert_gradients(model: Decoder) -> None:
+    """Pass no gradient through routed experts and their weights: some original code runs them so outside training."""
+    blocks = [module for module in model.modules() if isinstance(module, MoE)]
+    assert blocks
+    for block in blocks:
+        block.gate.register_forward_hook(lambda _, x, out: out._replace(weights_Tk=out.weights_Tk.detach()))
+        block.experts.register_forward_hook(lambda _, x, out: out.detach())
 
 
 def stack_experts(state: Mapping[str, Tensor], experts: Mapping[str, str]) -> dict[str, Tensor]:
