@@ -1,4 +1,4 @@
-"""Fast facts about a tensor's bytes: whether all values are finite, and a digest that shows any accidental change.
+"""Tensors as bytes: mapped from a file, written to one, checked for NaN, and a digest that shows any accidental change.
 
 A conversion reads and writes at the speed of memory, so its checks must too. The digest multiplies the 64-bit words of
 a block by fixed odd random numbers and adds them up modulo 2^64 (several GB/s on one core, no temporary copies); the
@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 _WORDS = 1 << 16  # of a block: 512 KiB, which stay in a core's cache
-_PIECE = 16 << 20  # bytes of rows that are made contiguous at a time
+_PIECE = 16 << 20  # bytes of rows that are made contiguous, or written, at a time
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -28,18 +32,43 @@ def is_finite(tensor: Tensor) -> bool:
 def digest(tensor: Tensor) -> str:
     """Hexadecimal digest of a CPU tensor: its dtype, its shape and its values in row-major order, however it lies."""
     found = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    rows = tensor.detach().reshape(-1, *tensor.shape[1:])
-    if not rows.numel():
-        return found.hexdigest()
     multipliers = _multipliers()
-    for piece in rows.split(max(1, _PIECE // (rows[0].numel() * rows.element_size()))):
-        bytes_N = piece.contiguous().flatten().view(torch.uint8)
+    for bytes_N in _pieces(tensor):
         whole = bytes_N.numel() // 8 * 8
         words_N = _words(bytes_N[:whole])
         sums = [torch.dot(block, multipliers[: block.numel()]) for block in words_N.split(_WORDS)]
-        found.update(torch.stack(sums).numpy().tobytes() if sums else b"")
+        found.update(torch.stack(sums).numpy().tobytes())
         found.update(bytes_N[whole:].numpy().tobytes())
     return found.hexdigest()
+
+
+def map_tensor(file: Path, start: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The contiguous tensor whose bytes begin at `start` of `file`, backed by the file's own pages.
+
+    Writing to it does not change the file. The pages are let go with the last view of the tensor.
+    """
+    end = start + math.prod(shape) * dtype.itemsize
+    storage = torch.UntypedStorage.from_file(str(file), False, file.stat().st_size)
+    return torch.empty(0, dtype=dtype).set_(storage[start:end]).view(shape)
+
+
+def write_at(descriptor: int, tensor: Tensor, offset: int) -> int:
+    """Write the values of a CPU tensor, in row-major order, at `offset` of an open file; return where they end."""
+    for bytes_N in _pieces(tensor):
+        content = bytes_N.numpy().data
+        while content:
+            written = os.pwrite(descriptor, content, offset)
+            content, offset = content[written:], offset + written
+    return offset
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """The bytes of a tensor in row-major order, some rows at a time: a copy of a strided tensor is never whole."""
+    tensor = tensor.detach()
+    rows = tensor.reshape(1) if tensor.dim() == 0 else tensor
+    if rows.numel():
+        for piece in rows.split(max(1, _PIECE // (rows[0].numel() * rows.element_size()))):
+            yield piece.contiguous().flatten().view(torch.uint8)
 
 
 def _words(bytes_N: Tensor) -> Tensor:

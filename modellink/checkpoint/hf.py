@@ -9,20 +9,20 @@ Names come from the family's row, in both directions from the same table.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from modellink.checkpoint.digest import is_finite
 from modellink.checkpoint.hf_config import (
     CONFIG_NAME,
     family_of,
@@ -33,10 +33,11 @@ from modellink.checkpoint.hf_config import (
     write_config,
 )
 from modellink.checkpoint.hf_files import SAFE_INDEX, HFWeights, StoredTensor
+from modellink.checkpoint.hf_shards import WRITER, Entry, ShardFiles
 from modellink.checkpoint.mapping import HFTensor, is_ignored, layout_of, to_hf
 from modellink.config.schema import ModelConfig
 from modellink.errors import ModelLinkError
-from modellink.files import fsync_directory
+from modellink.files import replace_folder, sync_folder
 from modellink.models.decoder import Decoder
 from modellink.models.families import FAMILIES
 from modellink.parallel.shard import copy_full_into, local_tensor
@@ -45,10 +46,6 @@ __all__ = ["HFWeights", "family_of", "is_hf_folder", "load_hf", "read_config", "
 
 _VOCABULARY = ("embed_tokens.weight", "lm_head.weight", "lm_head.bias")
 _EMBEDDING, _HEAD = _VOCABULARY[:2]
-_WRITER = {
-    "format": "pt",
-    "writer": "modellink",
-}  # transformers wants "format"; "writer" says that a folder is ours to replace
 _COMPANIONS = (
     *(
         "tokenizer*",
@@ -84,17 +81,38 @@ def load_hf(model: Decoder, folder: str | Path, *, progress: bool = True, check_
             raise ModelLinkError(f"{sources[0].file}: tensor {sources[0].name!r} holds NaN or infinity.")
 
 
+class HFReader:
+    """A Hugging Face folder as full tensors under canonical names, its headers checked, no value read.
+
+    `dtypes` says the stored dtype of each. Raises ModelLinkError as `load_hf` does.
+    """
+
+    def __init__(self, folder: str | Path, config: ModelConfig) -> None:
+        self._weights = HFWeights(folder, FAMILIES.get(config.family).prefix)
+        self._shapes = expected_shapes(config)
+        self._layout = _check_folder(self._weights, config, self._shapes)
+        self.dtypes = {name: self._weights[whole.names[0]].dtype for name, whole in self._layout.items()}
+
+    def read(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Yield (canonical name, full CPU tensor, its dtype as stored) of `names`, in their order (default: all).
+
+        Raises ModelLinkError for NaN and infinity.
+        """
+        for canonical in self._shapes if names is None else names:
+            sources = [self._weights[each] for each in self._layout[canonical].names]
+            tensor = self._layout[canonical].view(sources, canonical)[(slice(None),) * len(self._shapes[canonical])]
+            if not is_finite(tensor):
+                raise ModelLinkError(f"{sources[0].file}: tensor {sources[0].name!r} holds NaN or infinity.")
+            yield canonical, tensor
+
+
 def read_hf(folder: str | Path, config: ModelConfig, *, progress: bool = True) -> Iterator[tuple[str, Tensor]]:
     """Yield (canonical name, full CPU tensor, its dtype as stored) of every parameter of the whole model.
 
-    Raises ModelLinkError as `load_hf` does, before the first tensor is read.
+    Raises ModelLinkError as `load_hf` does, before the first tensor is read, and for NaN and infinity.
     """
-    weights = HFWeights(folder, FAMILIES.get(config.family).prefix)
-    shapes = expected_shapes(config)
-    layout = _check_folder(weights, config, shapes)
-    for canonical, shape in track(shapes.items(), "Reading weights", disable=not progress):
-        view = layout[canonical].view([weights[each] for each in layout[canonical].names], canonical)
-        yield canonical, view[tuple(slice(None) for _ in shape)]
+    reader = HFReader(folder, config)
+    yield from track(reader.read(), "Reading weights", total=len(reader.dtypes), disable=not progress)
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -165,6 +183,56 @@ def _check_tied(head: StoredTensor, embedding: StoredTensor) -> None:
         )
 
 
+class HFWriter:
+    """The weights of a Hugging Face folder, written group by group of canonical tensors, in any order.
+
+    `dtypes` says the dtype that each tensor will have. `groups` are the canonical names that must come together, those
+    of one tensor of the files. Raises ModelLinkError when the family cannot express the model.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: ModelConfig,
+        dtypes: Mapping[str, torch.dtype],
+        extras: dict[str, Any] | None = None,
+        max_shard_bytes: int = 5_000_000_000,
+    ) -> None:
+        self.folder, self.config, self.extras = folder, config, extras or {}
+        write_config(config, self.extras, "float32")  # fails now, not after hours, if the family cannot express it
+        self._layout = layout_of(config, expected_shapes(without_padding(config)))
+        wholes = {whole.name: whole for whole in self._layout.values()}.values()
+        self.groups = [list(whole.parts) for whole in wholes]
+        entries = [
+            Entry(name, whole.shape, functools.reduce(torch.promote_types, (dtypes[part] for part in whole.parts)))
+            for whole in wholes
+            for name in whole.names
+        ]
+        self._files = ShardFiles(folder, entries, max_shard_bytes)
+
+    def create(self) -> None:
+        """Make the files, as yet without values."""
+        self._files.create()
+
+    def write(self, parts: Mapping[str, Tensor]) -> None:
+        """Write all tensors of some groups, without vocabulary padding, and make them durable."""
+        wholes = {self._layout[canonical].name: self._layout[canonical] for canonical in parts}
+        self._files.write(named for whole in wholes.values() for named in whole.assemble(parts))
+
+    def finish(self, companions: Path | None) -> None:
+        """Add the index, configuration, and the files that belong to a model from the folder `companions`."""
+        if len(self._files.headers) > 1:
+            index = {"metadata": {"total_size": self._files.total_bytes}, "weight_map": self._files.weight_map}
+            _write_json(self.folder / SAFE_INDEX, index)
+        if companions is not None:
+            copy_companions(companions, self.folder)
+        ids = token_ids(self.extras)
+        if ids and not (self.folder / "generation_config.json").exists():
+            _write_json(self.folder / "generation_config.json", ids)
+        dtype = str(self._files.main_dtype).removeprefix("torch.")
+        _write_json(self.folder / CONFIG_NAME, write_config(self.config, self.extras, dtype))
+
+
 def save_hf(
     folder: str | Path,
     tensors: Iterable[tuple[str, Tensor]],
@@ -178,11 +246,12 @@ def save_hf(
 ) -> None:
     """Write a Hugging Face folder that transformers loads from `tensors`, pairs of canonical name and full CPU tensor.
 
-    One shard at a time is held in memory. `dtype` casts (default: as they come); `vocab_size` (default: the config's)
-    cuts the padding of the vocabulary. `tokenizer_from`, a folder, gives tokenizer, generation settings and model code
-    files, and the keys of its config.json that no option holds unless `extras` gives them. The folder appears complete
-    or not at all; one that exists is replaced only if it is empty or was written by this function. Raises
-    ModelLinkError when the family cannot express the model, or tensors are missing, surplus or misshapen.
+    For a model that is in memory; converting files holds one tensor at a time. `dtype` casts (default: as they come);
+    `vocab_size` (default: the config's) cuts the padding of the vocabulary. `tokenizer_from`, a folder, gives
+    tokenizer, generation settings and model code files, and the keys of its config.json that no option holds unless
+    `extras` gives them. The folder appears complete or not at all; one that exists is replaced only if it is empty or
+    was written by this function. Raises ModelLinkError when the family cannot express the model, or tensors are
+    missing, surplus or misshapen.
     """
     target = Path(folder)
     check_replaceable(target)
@@ -191,82 +260,49 @@ def save_hf(
         extras = read_extras(source) if source is not None and is_hf_folder(source) else {}
     vocab = vocab_size or config.vocab_size or config.padded_vocab_size
     config = dataclasses.replace(config, vocab_size=vocab)
-    write_config(config, extras, "float32")  # fails now, not after hours of gathering, if the family cannot express it
+    write_config(config, extras, "float32")  # a family that cannot express the model is named first
+    parts = _checked(dict(tensors), config)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
-        written = _write_shards(temporary, _translated(tensors, config, dtype), max_shard_bytes)
-        if source is not None:
-            copy_companions(source, temporary)
-        ids = token_ids(extras)
-        if ids and not (temporary / "generation_config.json").exists():
-            _write_json(temporary / "generation_config.json", ids)
-        _write_json(temporary / CONFIG_NAME, write_config(config, extras, str(written).removeprefix("torch.")))
-        _publish(temporary, target)
+        dtypes = {name: dtype or tensor.dtype for name, tensor in parts.items()}
+        writer = HFWriter(temporary, config, dtypes, extras, max_shard_bytes)
+        writer.create()
+        for group in writer.groups:
+            writer.write({name: parts[name].detach().to(dtypes[name]) for name in group})
+        writer.finish(source)
+        sync_folder(temporary)
+        replace_folder(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _translated(
-    tensors: Iterable[tuple[str, Tensor]], config: ModelConfig, dtype: torch.dtype | None
-) -> Iterable[tuple[str, Tensor]]:
-    """Tensors of the files as soon as all their parts came by, padding cut, dtype cast; raises unless exactly the
-    tensors of the model came.
-    """
-    family = FAMILIES.get(config.family)
-    missing = expected_shapes(dataclasses.replace(config, padded_vocab_size=config.vocab_size))
-    layout = layout_of(config, missing)
-    waiting: dict[str, dict[str, Tensor]] = {}
-    for canonical, tensor in tensors:
-        if canonical not in missing:
+def without_padding(config: ModelConfig) -> ModelConfig:
+    """The same architecture with the real rows of the vocabulary alone."""
+    return dataclasses.replace(config, padded_vocab_size=config.vocab_size)
+
+
+def cut_vocabulary(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+    """`tensor` without the rows that pad the vocabulary, if it has a row per token."""
+    return tensor[: config.vocab_size] if name in _VOCABULARY else tensor
+
+
+def _checked(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The tensors of the model, padding cut; raises unless they are all of them and no others."""
+    shapes = expected_shapes(without_padding(config))
+    parts = {name: cut_vocabulary(name, tensor, config) for name, tensor in tensors.items()}
+    for name, tensor in parts.items():
+        if name not in shapes:
             raise ModelLinkError(
-                f"cannot export {canonical!r}: a {family.name} model of this shape has none, or has it once."
+                f"cannot export {name!r}: a {config.family} model of this shape has none, or has it once."
             )
-        shape = missing.pop(canonical)
-        if canonical in _VOCABULARY:
-            tensor = tensor[: config.vocab_size]
-        if tuple(tensor.shape) != shape:
+        if tuple(tensor.shape) != shapes[name]:
             raise ModelLinkError(
-                f"cannot export {canonical!r}: its shape is {list(tensor.shape)}, the model's {list(shape)}."
+                f"cannot export {name!r}: its shape is {list(tensor.shape)}, the model's {list(shapes[name])}."
             )
-        whole = layout[canonical]
-        parts = waiting.setdefault(whole.name, {})
-        parts[canonical] = tensor.detach().to(dtype or tensor.dtype)
-        if len(parts) == len(whole.parts):
-            yield from whole.assemble(waiting.pop(whole.name))
-    if missing:
-        raise ModelLinkError(f"cannot export: {len(missing)} tensors never came, the first is {next(iter(missing))!r}.")
-
-
-def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> torch.dtype:
-    """Write safetensors files of at most `max_shard_bytes` (but whole tensors), their index; return the main dtype."""
-    shards: list[list[str]] = []
-    held: dict[str, Tensor] = {}
-    total = size = 0
-    dtypes: dict[torch.dtype, int] = {}
-
-    def flush() -> None:
-        save_file(held, folder / f"{len(shards)}.part", metadata=_WRITER)
-        shards.append(list(held))
-        held.clear()
-
-    for name, tensor in tensors:
-        bytes_ = tensor.numel() * tensor.element_size()
-        if held and size + bytes_ > max_shard_bytes:
-            flush()
-            size = 0
-        held[name] = tensor
-        size, total = size + bytes_, total + bytes_
-        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + bytes_
-    flush()
-    weight_map = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        (folder / f"{number}.part").rename(folder / file)
-        weight_map.update(dict.fromkeys(names, file))
-    if len(shards) > 1:
-        _write_json(folder / SAFE_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return max(dtypes, key=lambda dtype: dtypes[dtype])
+    if missing := [name for name in shapes if name not in parts]:
+        raise ModelLinkError(f"cannot export: {len(missing)} tensors never came, the first is {missing[0]!r}.")
+    return parts
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -297,23 +333,7 @@ def _is_ours(folder: Path) -> bool:
     for file in folder.glob("model*.safetensors"):
         try:
             with safe_open(file, framework="pt") as handle:
-                return (handle.metadata() or {}).get("writer") == _WRITER["writer"]
+                return (handle.metadata() or {}).get("writer") == WRITER["writer"]
         except (SafetensorError, OSError):
             return False
     return False
-
-
-def _publish(temporary: Path, target: Path) -> None:
-    """Make the finished folder durable and give it its name; an older one steps aside and is removed afterwards."""
-    for file in temporary.iterdir():
-        file.chmod(0o644)  # safetensors writes files that only their owner may read
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
-    fsync_directory(temporary)
-    temporary.chmod(0o755)
-    old = temporary.with_suffix(".old")
-    if target.exists():
-        target.rename(old)
-    temporary.rename(target)
-    fsync_directory(target.parent)
-    shutil.rmtree(old, ignore_errors=True)

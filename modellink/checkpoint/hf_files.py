@@ -1,16 +1,18 @@
 """The tensors of a Hugging Face folder by name, read a region at a time.
 
-One safetensors file, several with an index, or PyTorch files (`pytorch_model.bin`, read with `weights_only=True`, so
-nothing is executed) look the same from outside. Opening reads headers only and fails, naming the file, where one is
+One safetensors file, several with an index, or PyTorch files (`pytorch_model.bin`, of which nothing is executed) look
+the same from outside. Opening reads headers only and fails, naming the file, where one is
 missing, cut short or damaged; a region read later costs the bytes of that region.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from modellink.checkpoint.digest import map_tensor
+from modellink.checkpoint.megatron_files import FileTensor, read_torch_file
 from modellink.errors import ModelLinkError
 
 SAFE_SINGLE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -126,36 +130,60 @@ def _read_index(path: Path) -> dict[str, str]:
     return index
 
 
+@dataclass(frozen=True)
+class _Region:
+    """What slices of one tensor are read from: `whole` maps it from its file anew each time.
+
+    Pages of the file count as memory of the process while they are mapped, so nothing stays mapped between two reads.
+    """
+
+    whole: Callable[[], Tensor]
+
+    def __getitem__(self, region: tuple[slice, ...]) -> Tensor:
+        return self.whole()[region]
+
+
 def _open_safetensors(file: Path) -> list[StoredTensor]:
     try:
-        handle = safe_open(file, framework="pt", device="cpu")
+        with safe_open(file, framework="pt", device="cpu") as handle:  # checks the header, and the size of the file
+            names = set(handle.keys())
+        with open(file, "rb") as content:
+            start = 8 + int.from_bytes(content.read(8), "little")
+            header = json.loads(content.read(start - 8))
     except (SafetensorError, OSError) as error:
         raise ModelLinkError(f"{file} is damaged or cut short ({error}); fetch the file again.") from None
     found = []
-    for name in sorted(handle.keys()):
-        source = handle.get_slice(name)
-        found.append(
-            _checked(file, name, source, tuple(source.get_shape()), _FLOATS.get(source.get_dtype()), source.get_dtype())
-        )
+    for name in sorted(names):
+        entry = header[name]
+        shape, dtype = tuple(entry["shape"]), _FLOATS.get(entry["dtype"])
+        checked = _checked(file, name, None, shape, dtype, entry["dtype"])
+        whole = functools.partial(map_tensor, file, start + entry["data_offsets"][0], shape, checked.dtype)
+        found.append(dataclasses.replace(checked, source=_Region(whole)))
     return found
 
 
 def _open_torch(file: Path) -> list[StoredTensor]:
-    try:
-        # files of the format before torch 1.6 are no zip archives and cannot be mapped
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else repr(error)
-        raise ModelLinkError(
-            f"{file} is damaged, or holds more than tensors ({reason}); fetch it as safetensors."
-        ) from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ModelLinkError(f"{file} does not hold a plain dictionary of tensors.")
     floats = set(_FLOATS.values())
-    return [
-        _checked(file, name, value, tuple(value.shape), value.dtype if value.dtype in floats else None, value.dtype)
-        for name, value in state.items()
-    ]
+    if zipfile.is_zipfile(file):
+        state = read_torch_file(file)
+    else:  # the format before torch 1.6, which cannot be mapped
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0] if str(error) else repr(error)
+            raise ModelLinkError(
+                f"{file} is damaged, or holds more than tensors ({reason}); fetch it as safetensors."
+            ) from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor | FileTensor) for value in state.values()):
+        raise ModelLinkError(
+            f"{file} is damaged, or holds more than tensors (no plain dictionary of them); fetch it as safetensors."
+        )
+    found = []
+    for name, value in state.items():
+        source = _Region(value.read) if isinstance(value, FileTensor) else value
+        dtype = value.dtype if value.dtype in floats else None
+        found.append(_checked(file, name, source, tuple(value.shape), dtype, value.dtype))
+    return found
 
 
 def _checked(
