@@ -20,7 +20,7 @@ EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 VOCABULARY = ("embed_tokens.", "lm_head.")
 # a factor's name: module, whether of an embedding, A or B, and PEFT's name of the adapter where files keep it
 FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.(?!(?:weight|bias)$)[^.]+)?(?:\.weight)?")
-_BLOCK = 1 << 24  # elements summed at a time
+_BLOCK = 1 << 17  # elements summed at a time: float32 blocks that stay in the cache of a core
 
 
 @dataclass(frozen=True)
