@@ -422,17 +422,21 @@ def test_attached_losses_survive_recomputation(reentrant: bool) -> None:
     routing = block.gate(x.detach().flatten(0, 1))
     losses = auxiliary_losses(routing, config, batch=2)
     load_E = torch.bincount(routing.experts_Tk.flatten(), minlength=EXPERTS)
-    block(x).sum().backward()
+
+    def run(x: Tensor) -> Tensor:
+        return block(x).square()  # keeps the output, so that recomputation goes through to the end of the block
+
+    run(x).sum().backward()
     assert_statistics(block, losses, load_E, positions=10)
     plain = [p.grad.clone() for p in block.parameters() if p.grad is not None]
     block.zero_grad()
     block.reset_statistics()
-    checkpoint(block, x, use_reentrant=reentrant).sum().backward()
+    checkpoint(run, x, use_reentrant=reentrant).sum().backward()
     again = [p.grad for p in block.parameters() if p.grad is not None]
     assert len(plain) == len(again) == 4
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
     assert_statistics(block, losses, load_E, positions=10)
-    checkpoint(block, x, use_reentrant=reentrant).sum().backward()
+    checkpoint(run, x, use_reentrant=reentrant).sum().backward()
     assert_statistics(block, losses, 2 * load_E, positions=20)
 
 
@@ -575,7 +579,8 @@ def test_stages_have_experts_where_the_whole_model_has_them(dense: int, frequenc
 )
 def test_statistics_of_a_recomputed_decoder(recompute: dict[str, Any]) -> None:
     """Over two micro-batches, every layer records what it records without recomputation; gradients are the same."""
-    config = model_config(**OURS, **LOSSES, **WHOLE, num_layers=3, first_k_dense_replace=1)
+    layout = {"num_layers": 3, "first_k_dense_replace": 1, "sandwich_norm": True}  # the norm keeps the block's output
+    config = model_config(**OURS, **LOSSES, **WHOLE, **layout)
     tokens = torch.arange(21).view(3, 7)
     results = []
     for parallel in (ParallelConfig(), ParallelConfig(**recompute)):
