@@ -235,16 +235,12 @@ class MixedPrecisionOptimizer:
             remainders = [piece.of(self._remainders[piece.name]) for piece in pieces]
             torch._foreach_copy_(remainders, list(remainder.split(sizes)))
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop (or zero) gradients; `main_grad` buffers are kept and zeroed, because accumulation adds into them."""
+    def zero_grad(self) -> None:
+        """Drop gradients, `main_grad` buffers too: the next step's may be partial sums of another placement."""
         for param in self._params.values():
-            buffer = main_gradient_of(param)
-            if buffer is not None:
-                local_tensor(buffer).zero_()
-            if set_to_none:
-                param.grad = None
-            elif param.grad is not None:
-                local_tensor(param.grad).zero_()
+            param.grad = None
+            if main_gradient_of(param) is not None:
+                param.main_grad = None  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Tensor | int]:
         """The live state, flat: "exp_avg.NAME" and so on (float32, placed as the parameter is), and "step"."""

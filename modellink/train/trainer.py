@@ -403,7 +403,7 @@ class Trainer:
             "skipped": result.skipped,
             "num_zeros": result.zeros,
             "params_norm": norm,
-            **{name: value.item() for name, value in result.auxiliary.items()},
+            "losses": {name: value.item() for name, value in result.auxiliary.items()},
         }
         self.logger.log(self.progress.iteration, {key: value for key, value in record.items() if value is not None})
 

@@ -135,9 +135,12 @@ def relative_error(ours: Tensor, reference: Tensor, floor: float) -> float:
     return ((ours - reference).abs().max() / reference.abs().max().clamp(min=floor)).item()
 
 
-def run_cases(rank: int, world_size: int, cases: list[tuple[str, dict[str, Any], int]]) -> list[dict[str, Any]]:
-    """Every case in turn on this world; what each rank saw, as plain data and tensors."""
-    return [train(model, parallel, micro_batch) for model, parallel, micro_batch in cases]
+def run_cases(
+    rank: int, world_size: int, cases: list[tuple[str, dict[str, Any], int]], half: list[tuple[str, dict[str, Any], int]]
+) -> list[dict[str, Any]]:
+    """Every case in turn on this world, then those in bf16; what each rank saw, as plain data and tensors."""
+    results = [train(model, parallel, micro_batch) for model, parallel, micro_batch in cases]
+    return results + [train(model, parallel, micro_batch, bf16=True) for model, parallel, micro_batch in half]
 
 
 def compare(per_rank: list[dict[str, Any]], reference: dict[str, Any]) -> dict[str, float]:

@@ -75,6 +75,20 @@ CASES: dict[int, list[tuple[str, dict[str, Any], int]]] = {
     ],
 }
 
+# In bf16 gradients gather in fp32 beside the parameters, over several micro-batches.
+HALF: dict[int, list[tuple[str, dict[str, Any], int]]] = {
+    2: [
+        ("llama", TP, 2),
+        ("tied", SP, 2),
+        ("deepseek", SP, 2),
+        ("sigmoid", TP, 2),
+        ("gpt", PP, 2),
+        ("moe", {"zero_stage": 1}, 2),
+    ],
+    4: [("tied", SP | PP, 2), ("deepseek", SP | {"zero_stage": 1}, 2)],
+    8: [("llama", SP | PP | {"zero_stage": 2}, 1)],
+}
+
 
 def name_of(case: tuple[str, dict[str, Any], int]) -> str:
     model, parallel, _ = case
@@ -84,7 +98,7 @@ def name_of(case: tuple[str, dict[str, Any], int]) -> str:
 @pytest.fixture(scope="module", params=sorted(CASES), ids=lambda world: f"{world}-ranks")
 def results(request: pytest.FixtureRequest) -> tuple[int, list[list[dict[str, Any]]]]:
     world = request.param
-    return world, run_distributed(run_cases, world, CASES[world], timeout=300)
+    return world, run_distributed(run_cases, world, CASES[world], HALF[world], timeout=300)
 
 
 @pytest.mark.dist
@@ -99,4 +113,20 @@ def test_layouts_equal_one_process(results: tuple[int, list[list[dict[str, Any]]
         errors = compare([rank[place] for rank in per_rank], references[model, micro_batch])
         if max(errors.values()) > TOLERANCE:
             wrong[name_of(case)] = errors
+    assert not wrong
+
+
+@pytest.mark.dist
+def test_half_precision_is_no_further_from_fp32_than_one_process(
+    results: tuple[int, list[list[dict[str, Any]]]],
+) -> None:
+    world, per_rank = results
+    wrong = {}
+    for place, case in enumerate(HALF[world], start=len(CASES[world])):
+        model, _, micro_batch = case
+        exact = train(model, {}, micro_batch)
+        own = compare([train(model, {}, micro_batch, bf16=True)], exact)
+        errors = compare([rank[place] for rank in per_rank], exact)
+        if any(errors[kind] > 3 * own[kind] + 1e-3 for kind in errors):
+            wrong[name_of(case)] = (errors, own)
     assert not wrong
