@@ -18,7 +18,7 @@ from torch import Tensor
 
 from modellink.checkpoint.hf import expected_shapes, read_config, read_extras, read_hf, save_hf
 from modellink.checkpoint.lora import AdaptedFolder, Merge, merged, open_adapter
-from modellink.checkpoint.megatron import FILE, STEP, Layout, write_megatron
+from modellink.checkpoint.megatron import Layout, write_megatron
 from modellink.config.schema import ModelConfig
 from modellink.errors import ModelLinkError
 
@@ -181,6 +181,7 @@ NAMES = {
     "legacy": ("layers.{}.", ("self_attention.query_key_value", "self_attention.dense"), "mlp.dense_"),
 }
 RANK, ALPHA = 3, 8
+STEP, FILE = "iter_0000001", "model_optim_rng.pt"
 
 
 def module_names(dialect: str) -> dict[str, str]:
