@@ -1,24 +1,18 @@
-"""Folders of Megatron-Core and Megatron-Legacy, read and written tensor by tensor.
+"""Folders of Megatron-Core and Megatron-Legacy, read tensor by tensor; writing them is megatron_write.
 
-    DIR/latest_checkpointed_iteration.txt             "1", or the word release
-    DIR/iter_0000001/mp_rank_TT[_PPP]/model_optim_rng.pt
-
-TT is the tensor-parallel rank, PPP the pipeline stage where there are several. A file holds `args` (the options of the
-run) and `model`, or `model0`, `model1`, ... with an interleaved pipeline. Layers count from 0 in each of these chunks;
-in the order chunk by chunk, stage by stage, their counts give the layer of the whole model, whatever rule placed them.
-Weights alone are read and written. Names and cuts: megatron_names; the options: megatron_args; the files themselves,
-of which nothing is executed: megatron_files.
+Whatever layout wrote them, what is read is the model as a whole. In the order chunk by chunk, stage by stage, the
+counts of their layers give the layer of the whole model, whatever rule placed them; experts follow the ranks that hold
+them. What several ranks hold alike is compared. Weights alone are read. Folders and ranks: megatron_layout; names and
+cuts: megatron_names; the options: megatron_args; the files themselves, of which nothing is executed: megatron_files,
+and megatron_torch_dist for the format that has no files of ranks.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import itertools
 import re
-import secrets
-import shutil
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,98 +20,55 @@ import torch
 from torch import Tensor
 
 from modellink.checkpoint.digest import is_finite
-from modellink.checkpoint.hf import copy_companions, expected_shapes
-from modellink.checkpoint.megatron_args import read_arguments, read_extras, write_arguments
-from modellink.checkpoint.megatron_files import FileTensor, TorchFileWriter, read_torch_file
+from modellink.checkpoint.hf import expected_shapes
+from modellink.checkpoint.megatron_args import read_arguments, read_extras
+from modellink.checkpoint.megatron_files import FileTensor, read_torch_file
+from modellink.checkpoint.megatron_layout import FILE, RANK, TRACKER, Layout, Rank, find_step, is_distributed
 from modellink.checkpoint.megatron_names import (
     LEGACY,
     MCORE,
     NUMBER,
     TIED_HEAD,
+    Place,
     Row,
-    cut,
-    find_row,
+    find_place,
     flattened,
     join,
-    nested,
     normalised,
     rows_of,
 )
+from modellink.checkpoint.megatron_torch_dist import DistributedTensor, read_step
+from modellink.checkpoint.megatron_write import (
+    check_layout,
+    check_writable,
+    stage_names,
+    write_megatron,
+    write_stages,
+)
 from modellink.config.schema import ModelConfig
 from modellink.errors import ModelLinkError
-from modellink.files import atomic_write, fsync_directory
 
-TRACKER, FILE = "latest_checkpointed_iteration.txt", "model_optim_rng.pt"
-STEP = "iter_0000001"
-_RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?(?:_(\d{3}))?")
+__all__ = [
+    "Layout",
+    "MegatronFolder",
+    "check_layout",
+    "check_writable",
+    "find_step",
+    "stage_names",
+    "write_megatron",
+    "write_stages",
+]
+
+Share = FileTensor | DistributedTensor
 _MODEL = re.compile(r"model(\d*)")
-_VOCABULARY = ("embed_tokens", "lm_head")
-_EMBEDDING = "embed_tokens.weight"
-
-
-def find_step(folder: Path) -> Path | None:
-    """The step folder of Megatron's that `folder` is or tracks; None when there is none."""
-    tracker = folder / TRACKER
-    names = []
-    if tracker.is_file():
-        text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-        names = [f"iter_{int(text):07d}" if text.isdigit() else "release"]
-    for step in (folder, *(folder / name for name in names)):
-        if step.is_dir() and any(_RANK.fullmatch(path.name) for path in step.iterdir()):
-            return step
-    return None
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the files are cut: `dialect` "mcore" or "legacy", sizes, and which layers each stage holds."""
-
-    dialect: str = MCORE
-    tensor_parallel: int = 1
-    pipeline_parallel: int = 1
-    layers_per_stage: tuple[int, ...] | None = None
-    layers_per_chunk: int | None = None
-    vocab_multiple: int = 1
-
-    def chunks(self, layers: int) -> list[list[range]]:
-        """The layers of every stage's model chunks (one, unless the pipeline is interleaved)."""
-        stages, counts = self.pipeline_parallel, self.layers_per_stage
-        if counts is not None:
-            if self.layers_per_chunk is not None:
-                raise ModelLinkError("a list of layers per stage and an interleaved pipeline exclude each other.")
-            if len(counts) != stages or sum(counts) != layers or min(counts) < 1:
-                raise ModelLinkError(
-                    f"the layers per stage {','.join(map(str, counts))} must be {stages} numbers of at least 1 that "
-                    f"sum to the model's {layers} layers."
-                )
-            return [[range(sum(counts[:stage]), sum(counts[: stage + 1]))] for stage in range(stages)]
-        size = self.layers_per_chunk or layers // stages
-        if size < 1 or layers % (size * stages) or (self.layers_per_chunk and stages == 1):
-            raise ModelLinkError(
-                f"{layers} layers do not divide into {stages} pipeline stages"
-                + (f" of chunks of {size} layers" if self.layers_per_chunk else "")
-                + ": change the sizes, or give the layers of each stage."
-            )
-        starts = range(0, layers, size)
-        return [[range(start, start + size) for start in starts[stage::stages]] for stage in range(stages)]
-
-    def check(self, config: ModelConfig) -> None:
-        """Raise unless tensor parallelism divides what it cuts."""
-        for what, size in (
-            ("query heads", config.num_attention_heads),
-            ("key/value heads", config.num_key_value_heads),
-            ("MLP width", config.ffn_hidden_size),
-        ):
-            if self.tensor_parallel < 1 or (size or 0) % self.tensor_parallel:
-                raise ModelLinkError(
-                    f"tensor parallel size {self.tensor_parallel} does not divide the {what} ({size}): use one that"
-                    " does."
-                )
-
-    def padded(self, vocabulary: int) -> int:
-        """Rows of the vocabulary matrices in the files."""
-        multiple = self.vocab_multiple * self.tensor_parallel
-        return -(-vocabulary // multiple) * multiple
+_LOCAL = re.compile(r"(?<=\.local_experts\.)\d+(?=\.)")
+_GROUPED = re.compile(r"(.*\.mlp\.)experts\.weight([12])")
+_STATE = re.compile(r"_extra_state\d*$")
+_SIZES = {
+    "tensor_model_parallel_size": "tensor",
+    "pipeline_model_parallel_size": "stage",
+    "expert_model_parallel_size": "expert",
+}
 
 
 class MegatronFolder:
@@ -128,13 +79,26 @@ class MegatronFolder:
         if step is None:
             raise ModelLinkError(f"{folder} holds no checkpoint of Megatron: {TRACKER} and a step folder are needed.")
         self.step = step
-        self._contents = self._open(self._ranks())
-        first = self._contents[0, 0]
-        self.arguments: dict[str, Any] = dict(vars(first["args"])) if hasattr(first.get("args"), "__dict__") else {}
-        self._check_sizes()
-        self.dialect = LEGACY if "language_model" in first.get("model", first.get("model0", {})) else MCORE
-        self._shares = self._collect()
-        self._known: tuple[ModelConfig, list[tuple[str, Row, str, str]]] | None = None
+        self.arguments: dict[str, Any] = {}
+        self.dialect = MCORE
+        self.sizes = Rank(1, 1, 1)
+        # what a further expert-parallel rank holds of a name, for every tensor-parallel rank
+        self._copies: dict[str, list[list[FileTensor]]] = {}
+        self._shares: dict[str, list[Any]]
+        if is_distributed(step):
+            distributed, self.arguments = read_step(step)
+            self._shares = {name: [tensor] for name, tensor in distributed.items() if not _STATE.search(name)}
+        else:
+            self._contents = self._open()
+            first = self._contents[Rank(0)]
+            self.dialect = LEGACY if "language_model" in first.get("model", first.get("model0", {})) else MCORE
+            self._shares = self._collect()
+        self._upstream = any(".linear_kv_down_proj." in name for name in self._shares)
+        self._known: tuple[ModelConfig, list[Place]] | None = None
+
+    @property
+    def tensor_parallel(self) -> int:
+        return self.sizes.tensor
 
     def config(self, family: str | None = None) -> ModelConfig:
         """The architecture that the files describe."""
@@ -153,10 +117,7 @@ class MegatronFolder:
 
         Raises ModelLinkError for names and shapes that are not the model's; no value is read.
         """
-        return [
-            {f"{ours.format(layer)}.{suffix}": self._shares[name][0].dtype for ours in row.ours}
-            for name, row, suffix, layer in self._planned(config)
-        ]
+        return [dict.fromkeys(place.ours, self._shares[place.names[0]][0].dtype) for place in self._planned(config)]
 
     def tensors(self, config: ModelConfig, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Yield (canonical name, full tensor as stored, vocabulary padding included), in the order of the model.
@@ -164,65 +125,93 @@ class MegatronFolder:
         `names` selects the stored tensors that hold any of these. Raises ModelLinkError as `contents` does, before a
         value is read, and for NaN and infinity in a tensor when its turn comes.
         """
-        for name, row, suffix, layer in self._planned(config):
-            if names is not None and not any(f"{ours.format(layer)}.{suffix}" in names for ours in row.ours):
-                continue
-            shares = [self._read(name, share) for share in self._shares[name]]
-            if row.cut == "whole" or (row.cut == "columns" and suffix == "bias"):
-                self._check_same(name, shares)
-            for ours, tensor in zip(row.ours, join(row, shares, config), strict=True):
-                yield f"{ours.format(layer)}.{suffix}", tensor
+        wanted = None if names is None else set(names)
+        for place in self._planned(config):
+            if wanted is None or not wanted.isdisjoint(place.ours):
+                yield from self._read_place(place, config)
 
-    def _ranks(self) -> dict[tuple[int, int], Path]:
-        found: dict[tuple[int, int], Path] = {}
-        for path in sorted(self.step.iterdir()):
-            match = _RANK.fullmatch(path.name)
-            if match is None:
-                continue
-            if match[3]:
-                raise ModelLinkError(f"{path} belongs to an expert-parallel checkpoint: only dense models are read.")
-            found[int(match[1]), int(match[2] or 0)] = path / FILE
-        many = any(path.parent.name.count("_") == 3 for path in found.values())
-        for tensor in range(1 + max(rank for rank, _ in found)):
-            for stage in range(1 + max(stage for _, stage in found)):
-                path = found.get((tensor, stage), self.step / _rank_name(tensor, stage, many) / FILE)
-                if not path.is_file():
-                    raise ModelLinkError(f"{path} is missing: copy the files of every rank.")
+    def _read_place(self, place: Place, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+        if place.experts is None:
+            yield from zip(place.ours, self._join(place, place.name, config), strict=True)
+            return
+        # one of ours after the other: the files are mapped, so reading an expert twice costs less than holding it
+        for number, ours in enumerate(place.ours):
+            stacked: Tensor | None = None
+            for expert, name in enumerate(place.names):
+                one = self._join(place, name, config)[number]
+                stacked = torch.empty((place.experts, *one.shape), dtype=one.dtype) if stacked is None else stacked
+                stacked[expert] = one
+            assert stacked is not None
+            yield ours, stacked
+            del stacked
+
+    def _join(self, place: Place, name: str, config: ModelConfig) -> list[Tensor]:
+        """The full tensors of ours in the stored tensor `name`, once all copies of it have been compared."""
+        shares = [self._read(name, share) for share in self._shares[name]]
+        for share, copies in zip(shares, self._copies.get(name, ()), strict=False):
+            self._check_same(name, [share, *(copy.read() for copy in copies)], "expert-parallel")
+        if place.row.cut in ("whole", "stack") or (place.row.cut == "columns" and shares[0].dim() == 1):
+            self._check_same(name, shares, "tensor-parallel")
+        return join(place.row, shares, config)
+
+    def _open(self) -> dict[Rank, dict[str, Any]]:
+        """The contents of every rank's file."""
+        paths = {
+            tuple(int(number) for number in match.groups() if number): path / FILE
+            for path in sorted(self.step.iterdir())
+            if (match := RANK.fullmatch(path.name))
+        }
+        contents = {numbers: self._open_file(file) for numbers, file in paths.items() if file.is_file()}
+        if not contents:
+            raise ModelLinkError(f"{self.step} holds no {FILE}: copy the files of every rank.")
+        arguments = contents[min(contents)].get("args")
+        self.arguments = dict(vars(arguments)) if hasattr(arguments, "__dict__") else {}
+        # a second number is the stage, or the expert-parallel rank where there is one stage
+        staged = self.arguments.get("pipeline_model_parallel_size") != 1
+        experts = not staged and (self.arguments.get("expert_model_parallel_size") or 1) > 1
+        ranks = {
+            numbers: Rank(numbers[0], 0, numbers[1]) if experts and len(numbers) == 2 else Rank(*numbers)
+            for numbers in paths
+        }
+        self.sizes = Rank(*(1 + max(numbers) for numbers in zip(*ranks.values(), strict=True)))
+        found = {ranks[numbers]: content for numbers, content in contents.items()}
+        for numbers in itertools.product(*map(range, self.sizes)):
+            if Rank(*numbers) not in found:
+                raise ModelLinkError(f"{self._file(Rank(*numbers))} is missing: copy the files of every rank.")
+        self._check_sizes()
         return found
 
-    def _open(self, files: dict[tuple[int, int], Path]) -> dict[tuple[int, int], dict[str, Any]]:
-        contents: dict[tuple[int, int], dict[str, Any]] = {}
-        for rank, file in files.items():
-            content = read_torch_file(file)
-            if not isinstance(content, dict) or not any(
-                _MODEL.fullmatch(str(key)) and isinstance(value, dict) for key, value in content.items()
-            ):
-                raise ModelLinkError(f"{file} is not a checkpoint of Megatron: it holds no 'model'.")
-            kept = {str(key): value for key, value in content.items()}
-            contents[rank] = {key: value for key, value in kept.items() if key == "args" or _MODEL.fullmatch(key)}
-        self.tensor_parallel = 1 + max(rank for rank, _ in files)
-        self.pipeline_parallel = 1 + max(stage for _, stage in files)
-        return contents
+    def _open_file(self, file: Path) -> dict[str, Any]:
+        content = read_torch_file(file)
+        if not isinstance(content, dict) or not any(
+            _MODEL.fullmatch(str(key)) and isinstance(value, dict) for key, value in content.items()
+        ):
+            raise ModelLinkError(f"{file} is not a checkpoint of Megatron: it holds no 'model'.")
+        kept = {str(key): value for key, value in content.items()}
+        return {key: value for key, value in kept.items() if key == "args" or _MODEL.fullmatch(key)}
 
     def _check_sizes(self) -> None:
-        for name, found in (
-            ("tensor_model_parallel_size", self.tensor_parallel),
-            ("pipeline_model_parallel_size", self.pipeline_parallel),
-        ):
-            stated = self.arguments.get(name)
+        for name, size in _SIZES.items():
+            stated, found = self.arguments.get(name), getattr(self.sizes, size)
             if stated is not None and stated != found:
                 raise ModelLinkError(
                     f"{self.step}: the files say {name} {stated}, but there are folders for {found}: copy the files "
                     "of every rank, and of this checkpoint only."
                 )
+        inner = self.arguments.get("expert_tensor_parallel_size")
+        if self.arguments.get("num_experts") and inner not in (None, self.sizes.tensor):
+            raise ModelLinkError(
+                f"{self.step}: the experts are cut into {inner} tensor-parallel ranks and the rest into "
+                f"{self.sizes.tensor}: save it with --expert-tensor-parallel-size {self.sizes.tensor} or as torch_dist."
+            )
 
     def _collect(self) -> dict[str, list[FileTensor]]:
         """Name in the whole model -> what each tensor-parallel rank holds of it."""
-        shares: dict[str, list[FileTensor]] = {}
+        held: dict[str, dict[Rank, FileTensor]] = {}
         chunks = sorted(
             {
-                (int(match[1] or 0), stage)
-                for (_, stage), content in self._contents.items()
+                (int(match[1] or 0), rank.stage)
+                for rank, content in self._contents.items()
                 for key in content
                 if (match := _MODEL.fullmatch(key))
             }
@@ -230,58 +219,103 @@ class MegatronFolder:
         before = 0
         for chunk, stage in chunks:
             layers = 0
-            for tensor in range(self.tensor_parallel):
-                content = self._contents[tensor, stage]
-                model = content.get(f"model{chunk}", content.get("model") if chunk == 0 else None)
-                if not isinstance(model, dict):
-                    raise ModelLinkError(f"{self._file(tensor, stage)} lacks the model chunk {chunk} that others have.")
-                for stored, value in flattened(model).items():
-                    name = normalised(str(stored))
-                    if name.endswith("_extra_state"):
-                        continue
-                    if not isinstance(value, FileTensor):
-                        raise ModelLinkError(f"{self._file(tensor, stage)}: {stored!r} is not a tensor.")
+            for tensor, expert in itertools.product(range(self.sizes.tensor), range(self.sizes.expert)):
+                rank = Rank(tensor, stage, expert)
+                for name, share in self._tensors_of(rank, chunk).items():
                     if number := NUMBER.search(name):
                         layers = max(layers, int(number[0]) + 1)
                         name = NUMBER.sub(str(int(number[0]) + before), name, count=1)
-                    shares.setdefault(name, []).append(value)
+                    held.setdefault(name, {})[rank] = share
             before += layers
-        for name, held in shares.items():
-            if len(held) != self.tensor_parallel:
+        return {name: self._by_tensor_rank(name, shares) for name, shares in held.items()}
+
+    def _tensors_of(self, rank: Rank, chunk: int) -> dict[str, FileTensor]:
+        """A chunk's tensors in the file of a rank, layers counted from 0 and experts over the whole model."""
+        content = self._contents[rank]
+        model = content.get(f"model{chunk}", content.get("model") if chunk == 0 else None)
+        if not isinstance(model, dict):
+            raise ModelLinkError(f"{self._file(rank)} lacks the model chunk {chunk} that others have.")
+        found: dict[str, FileTensor] = {}
+        for stored, value in flattened(model).items():
+            name = normalised(str(stored))
+            if _STATE.search(name):
+                continue
+            if not isinstance(value, FileTensor):
+                raise ModelLinkError(f"{self._file(rank)}: {stored!r} is not a tensor.")
+            found[name] = value
+        for name in [name for name in found if _GROUPED.fullmatch(name)]:
+            found |= self._ungrouped(name, found.pop(name), found, rank)
+        local = [int(match[0]) for match in map(_LOCAL.search, found) if match]
+        first = rank.expert * (1 + max(local, default=0))
+        return {_LOCAL.sub(lambda match: str(int(match[0]) + first), name): value for name, value in found.items()}
+
+    def _ungrouped(self, name: str, group: FileTensor, found: dict[str, FileTensor], rank: Rank) -> dict[str, Any]:
+        """Single experts in the grouped tensor `name`: there one follows the other, each [in, out]."""
+        match = _GROUPED.fullmatch(name)
+        assert match is not None
+        router = found.get(f"{match[1]}router.weight")
+        experts = router.shape[0] // self.sizes.expert if router is not None else 0
+        outer = 1 if match[2] == "1" else 0
+        if len(group.shape) != 2 or experts < 1 or group.shape[outer] % experts or group.stride[1] != 1:
+            raise ModelLinkError(f"{self._file(rank)}: {name!r} does not divide into the experts of its router.")
+        columns = group.shape[1] // (experts if outer else 1)
+        rows = group.shape[0] // (1 if outer else experts)
+        return {
+            f"{match[1]}experts.local_experts.{expert}.linear_fc{match[2]}.weight": dataclasses.replace(
+                group, offset=group.offset + expert * rows * columns, shape=(columns, rows), stride=(1, columns)
+            )
+            for expert in range(experts)
+        }
+
+    def _by_tensor_rank(self, name: str, held: dict[Rank, FileTensor]) -> list[FileTensor]:
+        """What each tensor-parallel rank holds; what other expert-parallel ranks hold of it goes to the copies."""
+        shares = []
+        for tensor in range(self.sizes.tensor):
+            stages = {rank.stage for rank in held}
+            copies = [share for rank, share in held.items() if rank.tensor == tensor]
+            whole = 1 if _LOCAL.search(name) else self.sizes.expert
+            if len(copies) != whole * len(stages):
                 raise ModelLinkError(
-                    f"{self.step}: {name!r} is in the files of {len(held)} tensor-parallel ranks, not of all"
-                    f" {self.tensor_parallel}: the files do not belong together."
+                    f"{self.step}: {name!r} is in the files of {len(held)} ranks, not of all that share it: the files "
+                    "do not belong together."
                 )
+            shares.append(copies[0])
+            if len(copies) > 1:
+                self._copies.setdefault(name, []).append(copies[1:])
         return shares
 
-    def _planned(self, config: ModelConfig) -> list[tuple[str, Row, str, str]]:
+    def _planned(self, config: ModelConfig) -> list[Place]:
         """The plan for `config`, made once: a conversion asks for the tensors group by group."""
         if self._known is None or self._known[0] != config:
             shapes = expected_shapes(dataclasses.replace(config, padded_vocab_size=self._rows()))
             self._known = (dataclasses.replace(config), self._plan(config, shapes))
         return self._known[1]
 
-    def _plan(self, config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> list[tuple[str, Row, str, str]]:
-        """(stored name, row, weight or bias, layer) of everything the model needs; raises for too little or much."""
-        plan: dict[str, tuple[str, Row, str, str]] = {}
+    def _plan(self, config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> list[Place]:
+        """Where everything that the model needs lies; raises for too little or too much."""
+        plan: dict[str, Place] = {}
         for canonical in shapes:
-            row, theirs, suffix, layer = find_row(config, canonical, self.dialect)
-            name = f"{theirs.format(layer)}.{suffix}"
-            if name not in self._shares:
-                raise ModelLinkError(
-                    f"{self.step} lacks {name!r} of a model of {config.num_layers} layers of its kind."
-                )
-            if name not in plan:
-                self._check_shapes(name, row, [shapes[f"{ours.format(layer)}.{suffix}"] for ours in row.ours])
-            plan[name] = (name, row, suffix, layer)
+            place = find_place(config, canonical, self.dialect, self._upstream)
+            if place.name in plan:
+                continue
+            full = [shapes[name] for name in place.ours if name in shapes]
+            for name in place.names:
+                if name not in self._shares or len(full) != len(place.ours):
+                    raise ModelLinkError(
+                        f"{self.step} lacks {name!r} of a model of {config.num_layers} layers of its kind."
+                    )
+                if place.row.cut == "either":
+                    split = self._shares[name][0].shape[0] != full[0][0]
+                    place = place._replace(row=place.row._replace(cut="rows" if split else "whole"))
+                self._check_shapes(name, place.row, [shape[place.experts is not None :] for shape in full])
+            plan[place.name] = place
         head = f"{TIED_HEAD[self.dialect]}.weight"
-        for name in self._shares.keys() - plan.keys():
+        for name in self._shares.keys() - {name for place in plan.values() for name in place.names}:
             if name == head and config.tie_word_embeddings:
                 self._check_tied(name)
                 continue
             raise ModelLinkError(
-                f"{self.step}: {name!r} fits nowhere in a dense model of {config.num_layers} layers of this"
-                " configuration."
+                f"{self.step}: {name!r} fits nowhere in a model of {config.num_layers} layers of this configuration."
             )
         return list(plan.values())
 
@@ -291,7 +325,7 @@ class MegatronFolder:
         if row.cut == "columns" and rest:
             rest = [rest[0] // self.tensor_parallel]
         elif row.cut not in ("whole", "columns"):
-            rows = sum(shape[0] for shape in full) // self.tensor_parallel
+            rows = sum(shape[0] for shape in full) // (1 if row.cut == "stack" else self.tensor_parallel)
         for share in self._shares[name]:
             if share.shape != (rows, *rest):
                 raise ModelLinkError(
@@ -306,11 +340,11 @@ class MegatronFolder:
             if copy.shape != original.shape or not torch.equal(copy.read(), original.read()):
                 raise ModelLinkError(f"{self.step}: {head!r} differs from {name!r} although the two are tied.")
 
-    def _check_same(self, name: str, shares: list[Tensor]) -> None:
+    def _check_same(self, name: str, shares: list[Tensor], ranks: str) -> None:
         if not all(torch.equal(share, shares[0]) for share in shares[1:]):
-            raise ModelLinkError(f"{self.step}: tensor-parallel ranks disagree about {name!r}: files were mixed up.")
+            raise ModelLinkError(f"{self.step}: {ranks} ranks disagree about {name!r}: files were mixed up.")
 
-    def _read(self, name: str, share: FileTensor) -> Tensor:
+    def _read(self, name: str, share: Share) -> Tensor:
         if not share.dtype.is_floating_point:
             raise ModelLinkError(f"{share.file}: {name!r} is stored as {share.dtype}; quantised weights are not read.")
         tensor = share.read()
@@ -324,220 +358,9 @@ class MegatronFolder:
             raise ModelLinkError(f"{self.step} lacks {name!r}.")
         return sum(share.shape[0] for share in self._shares[name])
 
-    def _file(self, tensor: int, stage: int) -> Path:
-        return self.step / _rank_name(tensor, stage, self.pipeline_parallel > 1) / FILE
+    def _file(self, rank: Rank) -> Path:
+        return self.step / rank.folder(self.sizes.stage, self.sizes.expert) / FILE
 
 
 def _embedding(dialect: str) -> str:
     return f"{rows_of(ModelConfig())['embed_tokens'].name(dialect)}.weight"
-
-
-def _rank_name(tensor: int, stage: int, many: bool) -> str:
-    return f"mp_rank_{tensor:02d}_{stage:03d}" if many else f"mp_rank_{tensor:02d}"
-
-
-class _Step:
-    """The files of one step while they are written: one per rank, each with one dictionary per model chunk.
-
-    `only` restricts it to the files of these pipeline stages.
-    """
-
-    def __init__(self, folder: Path, config: ModelConfig, layout: Layout, only: Collection[int] | None = None) -> None:
-        self.config, self.layout = config, layout
-        self.chunks = layout.chunks(config.num_layers or 0)
-        stages, tensors = range(layout.pipeline_parallel), range(layout.tensor_parallel)
-        self.states: dict[tuple[int, int], list[dict[str, Any]]] = {}
-        self.files: dict[tuple[int, int], TorchFileWriter] = {}
-        for rank in ((tensor, stage) for tensor in tensors for stage in (stages if only is None else only)):
-            place = folder / _rank_name(*rank, len(stages) > 1)
-            place.mkdir()
-            self.files[rank] = TorchFileWriter(place / FILE)
-            self.states[rank] = [{} for _ in self.chunks[rank[1]]]
-        self._waiting: dict[str, Tensor] = {}
-
-    def take(self, canonical: str, tensor: Tensor) -> None:
-        """Write a full tensor, once those that share a tensor of Megatron's with it have come too."""
-        row, theirs, suffix, layer = find_row(self.config, canonical, self.layout.dialect)
-        if row.ours[0] in _VOCABULARY:
-            tensor = _pad_rows(tensor[: self.config.vocab_size], self.layout.padded(self.config.vocab_size or 0))
-        self._waiting[canonical] = tensor
-        group = [f"{name.format(layer)}.{suffix}" for name in row.ours]
-        if all(name in self._waiting for name in group):
-            parts = [self._waiting.pop(name) for name in group]
-            for stage, chunk, name in self._places(theirs, int(layer) if layer else None, row):
-                self._write(stage, chunk, f"{name}.{suffix}", row, parts)
-            if canonical == _EMBEDDING and self.config.tie_word_embeddings and len(self.chunks) > 1:
-                self._write(-1, -1, f"{TIED_HEAD[self.layout.dialect]}.weight", row, parts)
-
-    def _places(self, name: str, layer: int | None, row: Row) -> list[tuple[int, int, str]]:
-        if layer is None:
-            first = row.ours[0].startswith("embed")
-            return [(0, 0, name) if first else (-1, -1, name)]
-        return [
-            (stage, number, name.format(layer - layers.start))
-            for stage, chunks in enumerate(self.chunks)
-            for number, layers in enumerate(chunks)
-            if layer in layers
-        ]
-
-    def _write(self, stage: int, chunk: int, name: str, row: Row, parts: list[Tensor]) -> None:
-        stage %= len(self.chunks)
-        if (0, stage) not in self.files:
-            return
-        for tensor in range(self.layout.tensor_parallel):
-            piece = cut(row, parts, tensor, self.layout.tensor_parallel, self.config)
-            state = self.states[tensor, stage][chunk]
-            state[name] = self.files[tensor, stage].add(piece)
-            if row.linear and self.layout.dialect == MCORE:
-                state[f"{name.rpartition('.')[0]}._extra_state"] = None
-
-    def finish(self, extras: dict[str, Any] | None, dtype: torch.dtype) -> None:
-        layout = self.layout
-        attributes = {
-            "padded_vocab_size": layout.padded(self.config.vocab_size or 0),
-            "make_vocab_size_divisible_by": layout.vocab_multiple,
-            "tensor_model_parallel_size": layout.tensor_parallel,
-            "pipeline_model_parallel_size": layout.pipeline_parallel,
-            "transformer_pipeline_model_parallel_size": layout.pipeline_parallel,
-            "expert_model_parallel_size": 1,
-            "virtual_pipeline_model_parallel_size": len(self.chunks[0]) if layout.layers_per_chunk else None,
-            "num_layers_per_virtual_pipeline_stage": layout.layers_per_chunk,
-            "num_layer_list": ",".join(map(str, layout.layers_per_stage)) if layout.layers_per_stage else None,
-            "use_mcore_models": layout.dialect == MCORE,
-            "use_legacy_models": layout.dialect == LEGACY,
-        }
-        options = write_arguments(self.config, extras, attributes, dtype)
-        for (tensor, stage), chunks in self.states.items():
-            if layout.dialect == MCORE and stage == len(self.chunks) - 1:
-                chunks[-1].setdefault(f"{TIED_HEAD[MCORE]}._extra_state", None)
-            models = [nested(state) for state in chunks] if layout.dialect == LEGACY else chunks
-            names = (
-                ["model"] if layout.layers_per_chunk is None else [f"model{number}" for number in range(len(models))]
-            )
-            content = {
-                "args": options,
-                "checkpoint_version": 3.0,
-                "iteration": 1,
-                **dict(zip(names, models, strict=True)),
-                "num_floating_point_operations_so_far": 0,
-            }
-            self.files[tensor, stage].close(content)
-
-
-def _pad_rows(tensor: Tensor, rows: int) -> Tensor:
-    """Rows beyond the last repeat it."""
-    if tensor.shape[0] == rows:
-        return tensor
-    return torch.cat((tensor, tensor[-1:].expand(rows - tensor.shape[0], *tensor.shape[1:])))
-
-
-def write_megatron(
-    folder: Path,
-    tensors: Iterable[tuple[str, Tensor]],
-    config: ModelConfig,
-    layout: Layout,
-    *,
-    extras: dict[str, Any] | None = None,
-    tokenizer_from: Path | None = None,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Write step 1 of a Megatron folder from pairs of canonical name and full CPU tensor, one in memory at a time.
-
-    The vocabulary is cut to `config.vocab_size` and padded by repeating its last row. The step appears complete or not
-    at all; one that exists is replaced only when the folder holds nothing else but it. Raises ModelLinkError when the
-    layout or the dialect cannot hold the model.
-    """
-    check_layout(config, layout)
-    check_writable(folder)
-    created = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{STEP}.tmp-{secrets.token_hex(4)}"
-    temporary.mkdir()
-    try:
-        write_stages(temporary, tensors, config, layout, extras=extras, dtype=dtype)
-        _publish(temporary, folder)
-        created = False
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if created:
-            shutil.rmtree(folder, ignore_errors=True)
-    if tokenizer_from is not None:
-        copy_companions(tokenizer_from, folder)
-
-
-def check_layout(config: ModelConfig, layout: Layout) -> None:
-    """Raise ModelLinkError unless the files of `layout` can hold a model of `config`."""
-    layout.check(config)
-    layout.chunks(config.num_layers or 0)
-    for canonical in expected_shapes(config):
-        find_row(config, canonical, layout.dialect)
-
-
-def stage_names(config: ModelConfig, layout: Layout) -> list[list[str]]:
-    """The canonical names of the tensors in the files of each pipeline stage."""
-    stages: list[list[str]] = [[] for _ in range(layout.pipeline_parallel)]
-    chunks = layout.chunks(config.num_layers or 0)
-    for canonical in expected_shapes(config):
-        number = NUMBER.search(canonical)
-        if number:
-            held = [place for place, layers in enumerate(chunks) if any(int(number[0]) in each for each in layers)]
-        elif canonical == _EMBEDDING and config.tie_word_embeddings:
-            held = sorted({0, len(stages) - 1})
-        else:
-            held = [0 if canonical.startswith("embed") else len(stages) - 1]
-        for place in held:
-            stages[place].append(canonical)
-    return stages
-
-
-def write_stages(
-    step: Path,
-    tensors: Iterable[tuple[str, Tensor]],
-    config: ModelConfig,
-    layout: Layout,
-    *,
-    stages: Collection[int] | None = None,
-    extras: dict[str, Any] | None = None,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Write the files of pipeline `stages` (default: all) into the folder `step`, from the tensors that they hold."""
-    names = stage_names(config, layout)
-    missing = {name for stage in (range(len(names)) if stages is None else stages) for name in names[stage]}
-    files = _Step(step, config, layout, stages)
-    written = dtype or torch.float32
-    try:
-        for name, tensor in tensors:
-            missing.discard(name)
-            written = dtype or tensor.dtype
-            files.take(name, tensor.to(written))
-        if missing:
-            raise ModelLinkError(f"{len(missing)} tensors never came, the first is {min(missing)!r}.")
-        files.finish(extras, written)
-    finally:
-        for file in files.files.values():
-            with contextlib.suppress(ValueError):  # closed already
-                file.abandon()
-
-
-def check_writable(folder: Path) -> None:
-    """Refuse a folder that holds other things than step 1 of such a checkpoint."""
-    if not folder.exists():
-        return
-    ours = folder.is_dir() and (
-        not any(folder.iterdir()) or ((folder / TRACKER).is_file() and find_step(folder) == folder / STEP)
-    )
-    others = [path.name for path in folder.glob("iter_*") if path.name != STEP] if ours else []
-    if not ours or others:
-        raise ModelLinkError(f"{folder} exists and is not an empty folder: give another one or remove it yourself.")
-
-
-def _publish(temporary: Path, folder: Path) -> None:
-    final = folder / STEP
-    old = temporary.with_name(temporary.name.replace(".tmp-", ".old-"))
-    fsync_directory(temporary)
-    if final.exists():
-        final.rename(old)
-    temporary.rename(final)
-    fsync_directory(folder)
-    atomic_write(folder / TRACKER, "1")
-    shutil.rmtree(old, ignore_errors=True)

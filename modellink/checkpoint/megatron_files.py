@@ -11,11 +11,13 @@ costs the memory of one tensor.
 from __future__ import annotations
 
 import collections
+import io
+import math
 import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -40,6 +42,7 @@ _INERT_PACKAGES = ("megatron", "modellink", "mindspeed", "numpy", "signal", "enu
 _UNUSED = ("getattr", "bytearray")
 _INERT_NAMES = (("torch", "device"), *((module, name) for module in ("builtins", "__builtin__") for name in _UNUSED))
 _ALIGNMENT = 64
+_NONE: Mapping[str, int] = {}
 
 
 class _Storage(NamedTuple):
@@ -66,6 +69,11 @@ class FileTensor:
     def read(self) -> Tensor:
         """The tensor, backed by the file's own pages; writing to it changes neither file nor other tensors."""
         size = self.storage.numel * self.dtype.itemsize
+        if size and self.start % self.dtype.itemsize:  # a file within a file may lie anywhere
+            with open(self.file, "rb") as handle:
+                handle.seek(self.start)
+                copied = torch.frombuffer(bytearray(handle.read(size)), dtype=self.dtype)
+            return copied.as_strided(self.shape, self.stride, self.offset)
         mapped = torch.UntypedStorage.from_file(str(self.file), False, self.file.stat().st_size)
         flat = torch.empty(0, dtype=self.dtype)
         flat.set_(mapped[self.start : self.start + size])
@@ -94,10 +102,12 @@ class Inert:
         return id(self)
 
 
-class _Reader(pickle.Unpickler):
+class SafeUnpickler(pickle.Unpickler):
     """Unpickles with the names of `find_class` alone; classes are made per file, so that none can be changed."""
 
-    def __init__(self, handle: BinaryIO, file: Path, starts: dict[str, int], sizes: dict[str, int]) -> None:
+    def __init__(
+        self, handle: Any, file: Path, starts: Mapping[str, int] = _NONE, sizes: Mapping[str, int] = _NONE
+    ) -> None:
         super().__init__(handle)
         self.file, self.starts, self.sizes = file, starts, sizes
         self.known: dict[tuple[str, str], Any] = {
@@ -138,25 +148,45 @@ class _Reader(pickle.Unpickler):
         return FileTensor(self.file, self.starts[storage.key], storage, offset, tuple(shape), tuple(stride))
 
 
-def read_torch_file(file: Path) -> Any:
-    """The content of a file of torch.save, tensors as FileTensor.
+class _Window(io.RawIOBase):
+    """The bytes `start` .. `start + length` of a file, as a file of their own."""
+
+    def __init__(self, handle: BinaryIO, start: int, length: int) -> None:
+        self.handle, self.start, self.length, self.place = handle, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.place = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.length}[whence])
+        return self.place
+
+    def readinto(self, buffer: Any) -> int:
+        self.handle.seek(self.start + self.place)
+        data = self.handle.read(max(0, min(len(buffer), self.length - self.place)))
+        buffer[: len(data)] = data
+        self.place += len(data)
+        return len(data)
+
+
+def read_torch_file(file: Path, start: int = 0, length: int | None = None) -> Any:
+    """The content of a file of torch.save (or of the one that lies in `file` from `start` on), tensors as FileTensor.
 
     Raises ModelLinkError, naming the file, when it is cut short or damaged, or holds more than data.
     """
     try:
-        with zipfile.ZipFile(file) as archive:
-            entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-            if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
-                raise ModelLinkError(f"{file} was written on a big-endian machine: save it again on another one.")
-            with open(file, "rb") as handle:
-                starts = {
-                    name.removeprefix("data/"): _start(handle, info)
-                    for name, info in entries.items()
-                    if name.startswith("data/")
-                }
-            sizes = {name.removeprefix("data/"): info.file_size for name, info in entries.items()}
-            with archive.open(entries["data.pkl"]) as pickled:
-                return _Reader(pickled, file, starts, sizes).load()  # type: ignore[arg-type]
+        with open(file, "rb") as handle:
+            size = file.stat().st_size - start if length is None else length
+            if start + size > file.stat().st_size:
+                raise ModelLinkError(f"{file} is cut short: {start + size} bytes are needed; copy the file again.")
+            with zipfile.ZipFile(io.BufferedReader(_Window(handle, start, size))) as archive:
+                return _read_archive(archive, handle, file, start)
     except ModelLinkError:
         raise
     except Exception as error:  # a damaged pickle fails in any way there is
@@ -164,13 +194,25 @@ def read_torch_file(file: Path) -> Any:
         raise ModelLinkError(f"{file} is damaged or cut short ({reason}); copy the file again.") from None
 
 
-def _start(handle: BinaryIO, info: zipfile.ZipInfo) -> int:
-    """Where the bytes of an entry begin; its local header repeats the name and may hold padding."""
+def _read_archive(archive: zipfile.ZipFile, handle: BinaryIO, file: Path, start: int) -> Any:
+    entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+    if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
+        raise ModelLinkError(f"{file} was written on a big-endian machine: save it again on another one.")
+    records = {name.removeprefix("data/"): info for name, info in entries.items() if name.startswith("data/")}
+    starts = {key: _start(handle, info, start) for key, info in records.items()}
+    sizes = {key: info.file_size for key, info in records.items()}
+    with archive.open(entries["data.pkl"]) as pickled:
+        return SafeUnpickler(pickled, file, starts, sizes).load()
+
+
+def _start(handle: BinaryIO, info: zipfile.ZipInfo, archive: int) -> int:
+    """Where the bytes of an entry of the zip at `archive` begin; its header repeats the name and may hold padding."""
     if info.compress_type != zipfile.ZIP_STORED:
         raise ModelLinkError(f"{handle.name} is a compressed zip, not a file of torch.save.")
-    handle.seek(info.header_offset)
+    header = archive + info.header_offset
+    handle.seek(header)
     *_, name, extra = struct.unpack("<4s5H3L2H", handle.read(30))
-    return int(info.header_offset + 30 + name + extra)
+    return int(header + 30 + name + extra)
 
 
 class _Writer(pickle.Pickler):
@@ -199,11 +241,16 @@ class TorchFileWriter:
 
     def add(self, tensor: Tensor) -> FileTensor:
         """Write the values of `tensor`; the reference returned takes its place in the content."""
-        tensor = tensor.detach().contiguous()
-        storage = _Storage(tensor.dtype, str(self._count), tensor.numel())
+        return self.add_pieces(tuple(tensor.shape), tensor.dtype, [tensor])
+
+    def add_pieces(self, shape: tuple[int, ...], dtype: torch.dtype, pieces: Iterable[Tensor]) -> FileTensor:
+        """Write a tensor whose values come in `pieces`, one after the other."""
+        storage = _Storage(dtype, str(self._count), math.prod(shape))
         self._count += 1
-        start = self._write(f"data/{storage.key}", tensor.flatten().view(torch.uint8).numpy())
-        return FileTensor(self.file, start, storage, 0, tuple(tensor.shape), tensor.stride())
+        strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+        flat = (piece.detach().contiguous().flatten().view(torch.uint8).numpy() for piece in pieces)
+        start = self._write(f"data/{storage.key}", storage.numel * dtype.itemsize, flat)
+        return FileTensor(self.file, start, storage, 0, shape, tuple(strides))
 
     def close(self, content: Any) -> None:
         """Write the pickle and make the file durable."""
@@ -220,12 +267,13 @@ class TorchFileWriter:
         os.fsync(self._handle.fileno())
         self._handle.close()
 
-    def _write(self, name: str, data: Any) -> int:
+    def _write(self, name: str, size: int, pieces: Iterable[Any]) -> int:
         info = zipfile.ZipInfo(f"{self.file.stem}/{name}")
-        large = data.nbytes * 1.05 > zipfile.ZIP64_LIMIT
+        large = size * 1.05 > zipfile.ZIP64_LIMIT
         header = self._handle.tell() + 30 + len(info.filename) + (20 if large else 0) + 4
         padding = -header % _ALIGNMENT  # mapped tensors want aligned bytes: the rest of the header is a void field
         info.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)
         with self._archive.open(info, "w", force_zip64=large) as handle:
-            handle.write(data)
+            written = sum(handle.write(piece) for piece in pieces)
+        assert written == size
         return header + padding
