@@ -32,13 +32,12 @@ from modellink.checkpoint.lora_parts import (
     check_targets,
 )
 from modellink.checkpoint.megatron import MegatronFolder
-from modellink.checkpoint.megatron_files import FileTensor
-from modellink.checkpoint.megatron_names import NUMBER, Row, join, rows_of
+from modellink.checkpoint.megatron_names import Place, Row, find_place, join
 from modellink.config.schema import ModelConfig
 from modellink.errors import ModelLinkError
 from modellink.registry import suggest
 
-_CUTS = ("rows", "columns", "qkv", "gated")
+_WHOLE = ("whole", "stack")  # cuts under which every tensor-parallel rank holds all
 _SAMPLE = 1024  # rows of the embedding that are compared, of each rank
 _DRIFT = 0.01  # relative: casts on the way to and from half precision move the embedding a little
 
@@ -46,21 +45,27 @@ _DRIFT = 0.01  # relative: casts on the way to and from half precision move the 
 class AdaptedFolder(MegatronFolder):
     """A step of Megatron's with adapters in it: they are in `pairs`, and all that is read as the model is the base."""
 
-    pairs: dict[str, dict[str, list[Stored]]]
-
-    def _collect(self) -> dict[str, list[FileTensor]]:
-        base: dict[str, list[FileTensor]] = {}
-        self.pairs = {}
-        for name, shares in super()._collect().items():
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.pairs: dict[str, dict[str, list[Stored]]] = {}
+        for name in list(self._shares):
             match = FACTOR.fullmatch(name)
             if match is None:
-                base[name.replace(".base_layer.", ".")] = shares
+                base = name.replace(".base_layer.", ".")
+                self._shares[base] = self._shares.pop(name)
+                if name in self._copies:
+                    self._copies[base] = self._copies.pop(name)
                 continue
             pair = self.pairs.setdefault(match[1], {})
             if match[3] in pair:
                 raise ModelLinkError(f"{self.step} holds more than one adapter, one is {name!r}: save one alone.")
-            pair[match[3]] = [Stored(share.file, name, share.shape, share.read) for share in shares]
-        return base
+            pair[match[3]] = [Stored(share.file, name, share.shape, share.read) for share in self._shares.pop(name)]
+            self._copies.pop(name, None)
+
+    @property
+    def upstream(self) -> bool:
+        """Whether latent attention is spelled as Megatron itself does."""
+        return self._upstream
 
     def shares(self, name: str) -> list[Tensor]:
         """What each tensor-parallel rank holds of a tensor of the base; empty where the files lack it."""
@@ -87,30 +92,29 @@ class MegatronAdapter:
     def changes(self, config: ModelConfig) -> Changes:
         self._check_sizes(config)
         shapes = expected_shapes(config)
-        rows = self._modules(config, shapes)
+        modules = self._modules(config, shapes)
         changes: Changes = {}
         for module, pair in self._files.pairs.items():
-            if module not in rows:
+            if module not in modules:
                 raise ModelLinkError(
                     f"{self._step}: the adapter of {module!r} fits nowhere in this model of {config.num_layers} layers."
-                    f"{suggest(module, rows)}"
+                    f"{suggest(module, modules)}"
                 )
-            row, layer = rows[module]
-            canonicals = [f"{ours.format(layer)}.weight" for ours in row.ours]
-            rank = self._check_shapes(config, row, pair, [shapes[canonical] for canonical in canonicals])
-            for number, canonical in enumerate(canonicals):
-                factors = _factors(config, row, pair["A"], pair["B"], number)
-                changes[canonical] = {None: Change(factors=factors, scale=self._alpha / rank)}
-        check_complete(self._step, self._files.pairs, rows)
+            place, expert = modules[module]
+            full = [shapes[ours][expert is not None :] for ours in place.ours]
+            rank = self._check_shapes(config, place.row, pair, full)
+            for number, canonical in enumerate(place.ours):
+                factors = _factors(config, place.row, pair["A"], pair["B"], number)
+                changes.setdefault(canonical, {})[expert] = Change(factors=factors, scale=self._alpha / rank)
+        check_complete(self._step, self._files.pairs, modules)
         return changes
 
     def check(self, config: ModelConfig, canonical: str, tensor: Tensor) -> None:
         """The embedding is saved with the adapter, and training leaves it as it is: it tells one base from another."""
         if canonical != EMBEDDING:
             return
-        row = rows_of(config)[canonical.rpartition(".")[0]]
         before = 0
-        for share in self._files.shares(f"{row.name(self._files.dialect)}.weight"):
+        for share in self._files.shares(find_place(config, canonical, self._files.dialect).name):
             base = tensor[: config.vocab_size][before : before + len(share)]
             before += len(share)
             step = max(1, len(base) // _SAMPLE)
@@ -121,18 +125,15 @@ class MegatronAdapter:
                     " weights."
                 )
 
-    def _modules(self, config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[Row, str]]:
-        """Every module of the model in the files' dialect -> its row and layer."""
-        table, found = rows_of(config), {}
+    def _modules(self, config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[Place, int | None]]:
+        """Every module of the model in the files' dialect -> where its weight lies, and of which expert it is."""
+        found = {}
         for canonical in shapes:
-            module, _, suffix = canonical.rpartition(".")
-            row = table.get(NUMBER.sub("{}", module, count=1))
-            name = row.name(self._files.dialect) if row is not None else None
-            if row is None or name is None or suffix != "weight":
-                continue
-            number = NUMBER.search(module)
-            layer = number[0] if number else ""
-            found[name.format(layer)] = (row, layer)
+            place = find_place(config, canonical, self._files.dialect, self._files.upstream)
+            for number, name in enumerate(place.names):
+                module, _, parameter = name.rpartition(".")
+                if parameter == "weight":
+                    found[module] = (place, None if place.experts is None else number)
         return found
 
     def _check_sizes(self, config: ModelConfig) -> None:
@@ -149,7 +150,7 @@ class MegatronAdapter:
     ) -> int:
         """The rank of factors, once every tensor-parallel rank holds its share of them for matrices `full`."""
         first, ranks = pair["A"][0], self._files.tensor_parallel
-        if row.cut not in _CUTS or any(len(shape) != 2 for shape in full):
+        if row.cut == "either" or any(len(shape) != 2 for shape in full):
             raise ModelLinkError(f"{self._step}: {first.name!r} belongs to a module whose adapters are not merged.")
         rank = first.shape[0] if first.shape else 0
         if self._rank not in (None, rank):
@@ -161,7 +162,7 @@ class MegatronAdapter:
             rows = padded if padded >= (config.vocab_size or rows) else rows
         if row.cut == "columns":
             columns //= ranks
-        else:
+        elif row.cut not in _WHOLE:
             rows //= ranks
         for a, b in zip(pair["A"], pair["B"], strict=True):
             check_shape(a, (rank, columns), matrix)
@@ -178,6 +179,8 @@ def _factors(
         shares_a, shares_b = [share.read() for share in a], [share.read() for share in b]
         if row.cut == "columns":
             return _shared(b, shares_b), torch.cat(shares_a, dim=1)
+        if row.cut in _WHOLE:
+            _shared(b, shares_b)
         up = join(row, shares_b, config)[number]
         return up[: config.vocab_size] if _is_vocabulary(row) else up, _shared(a, shares_a)
 

@@ -47,8 +47,9 @@ class Stored:
 class Change:
     """What happens to one tensor of ours, or to the matrix of one of its experts.
 
-    `value`, where given, takes the tensor's place; then scale * up @ down is added, up [rows, r], down [r, columns].
-    Rows beyond theirs, the padding of a vocabulary, stay. The callables read the files.
+    `value`, where given, takes the tensor's place; then scale * up @ down is added, up [rows, r], down [r, columns], or
+    for all experts at once [E, rows, r] and [E, r, columns]. Rows beyond theirs, the padding of a vocabulary, stay. The
+    callables read the files.
     """
 
     value: Callable[[], Tensor] | None = None
@@ -59,17 +60,20 @@ class Change:
         """Write `base`, changed, into `target`, a tensor of its shape; whether all of that is finite."""
         if self.value is not None:
             base = self.value()
-        up, down = self.factors() if self.factors is not None else (None, None)
-        rows = len(base) if up is None else min(len(up), len(base))
-        step = max(1, _BLOCK // base[0].numel())
-        finite = True
+            target[: len(base)] = base
+        if self.factors is None:
+            return is_finite(target)
+        up, down = self.factors()
+        stacked = zip(base, target, up, down, strict=True) if up.dim() == 3 else [(base, target, up, down)]
+        return all([self._add(*matrices) for matrices in stacked])
+
+    def _add(self, base: Tensor, target: Tensor, up: Tensor, down: Tensor) -> bool:
+        wide = torch.promote_types(torch.promote_types(base.dtype, up.dtype), torch.float32)
+        up, down = up.to(wide), down.to(wide)
+        rows, step, finite = min(len(up), len(base)), max(1, _BLOCK // base.shape[1]), True
         for start in range(0, rows, step):
             block = slice(start, min(start + step, rows))
-            piece = base[block]
-            if up is not None and down is not None:
-                wide = torch.promote_types(torch.promote_types(base.dtype, up.dtype), torch.float32)
-                piece = piece.to(wide).addmm(up[block].to(wide), down.to(wide), alpha=self.scale)
-            target[block] = piece
+            target[block] = base[block].to(wide).addmm(up[block], down, alpha=self.scale)
             finite &= is_finite(target[block])
         return finite
 

@@ -48,9 +48,12 @@ _WRAPPER = re.compile(r"\.(?:base_layer|modules_to_save(?:\.[^.]+(?=\.))?)(?=\.)
 # settings under which the merged weight is another one than W + scale * B A
 _VARIANTS = (
     *("use_dora", "lora_bias", "use_qalora", "use_bdlora", "layer_replication", "alora_invocation_tokens"),
-    *("arrow_config", "kasa_config", "monteclora_config", "trainable_token_indices", "target_parameters"),
+    *("arrow_config", "kasa_config", "monteclora_config", "trainable_token_indices"),
 )
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # initialisations that leave the base as it was
+# the experts of a layer as one module with one tensor per projection, as transformers holds those of every family
+_STACKED = re.compile(r"(?:.*\.)?layers\.(\d+)\.(?:.*\.)?experts(?:\.base_layer)*")
+_GATE, _UP, _DOWN = (f"layers.{{}}.mlp.experts.{part}_proj" for part in ("gate", "up", "down"))
 _Place = tuple[HFTensor, int | None]  # a tensor of the files, the number of its expert
 
 
@@ -100,7 +103,9 @@ class PeftAdapter:
                     changes.setdefault(canonical, {})[expert] = Change(value)
         changed = []
         for module, pair in self._pairs.items():
-            if place := self._place(config, places, f"{module}.weight", next(iter(pair.values()))):
+            if self._settings.get("target_parameters") and (match := _STACKED.fullmatch(module)):
+                self._add_stacked(changes, layout, int(match[1]), pair)
+            elif place := self._place(config, places, f"{module}.weight", next(iter(pair.values()))):
                 tensor, expert = place
                 changed.append(tensor.name)
                 rank, up, down = self._factors(config, module, pair, tensor)
@@ -144,15 +149,44 @@ class PeftAdapter:
         embedding = "embedding_A" in pair
         a, b = (pair["embedding_A"], pair["embedding_B"]) if embedding else (pair["A"], pair["B"])
         rank = a.shape[0] if a.shape else 0
-        stated = self._by_module("rank_pattern", module, self._settings.get("r"))
-        if stated is not None and stated != rank:
-            raise ModelLinkError(f"{a.file}: {a.name!r} has rank {rank}, but should have {stated} (r of {self._file}).")
+        self._check_rank(a, module, rank)
         up, down = (a, b) if embedding else (b, a)
         if len(up.shape) == 2 and _is_vocabulary(tensor):
             rows = _rows_within(config, rows, up.shape[embedding])
         check_shape(up, (rank, rows) if embedding else (rows, rank), tensor.shape)
         check_shape(down, (columns, rank) if embedding else (rank, columns), tensor.shape)
         return rank, up, down
+
+    def _add_stacked(
+        self, changes: Changes, layout: Mapping[str, HFTensor], layer: int, pair: Mapping[str, Stored]
+    ) -> None:
+        """Factors for all experts of a layer at once: A [E * r, in], expert by expert, B [out, r * E], rank by rank."""
+        gate, up, down = (name.format(layer) for name in (_GATE, _UP, _DOWN))
+        a, b = pair.get("A"), pair.get("B")
+        if down not in layout or gate not in layout or a is None or b is None:
+            held = next(iter(pair.values()))
+            raise ModelLinkError(f"{held.file}: {held.name!r} belongs to gated experts, which layer {layer} lacks.")
+        hidden, width = layout[down].parts[down][-2:]
+        experts = layout[down].experts or layout[down].parts[down][0]
+        fused = b.shape[:1] == (2 * width,) and a.shape[1:] == (hidden,)
+        rows, columns = (2 * width, hidden) if fused else (hidden, width)
+        rank = a.shape[0] // experts if a.shape else 0
+        check_shape(a, (rank * experts, columns), (experts, rows, columns))
+        check_shape(b, (rows, rank * experts), (experts, rows, columns))
+        name = "gate_up_proj" if fused else "down_proj"
+        module = f"model.layers.{layer}.mlp.experts.{name}"
+        self._check_rank(a, module, rank)
+        whole = HFTensor(name, dict.fromkeys((gate, up), (width, hidden)), 0)
+        if fused and len(layout[gate].parts) == 2:  # the family's own order of rows
+            whole = dataclasses.replace(whole, groups=layout[gate].groups)
+        for canonical in (gate, up) if fused else (down,):
+            factors = _stacked_factors(whole if fused else None, canonical, a, b, experts)
+            changes.setdefault(canonical, {})[None] = Change(factors=factors, scale=self._scale(module, rank))
+
+    def _check_rank(self, a: Stored, module: str, rank: int) -> None:
+        stated = self._by_module("rank_pattern", module, self._settings.get("r"))
+        if stated is not None and stated != rank:
+            raise ModelLinkError(f"{a.file}: {a.name!r} has rank {rank}, but should have {stated} (r of {self._file}).")
 
     def _scale(self, module: str, rank: int) -> float:
         alpha = check_alpha(self._file, self._by_module("alpha_pattern", module, self._settings.get("lora_alpha")))
@@ -207,6 +241,20 @@ def _factors(tensor: HFTensor, canonical: str, up: Stored, down: Stored) -> Call
     def read() -> tuple[Tensor, Tensor]:
         rows, columns = (up.read().mT, down.read().mT) if embedding else (up.read(), down.read())
         return flat.view([rows], canonical)[slice(None), slice(None)], columns
+
+    return read
+
+
+def _stacked_factors(
+    whole: HFTensor | None, canonical: str, a: Stored, b: Stored, experts: int
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    """[E, rows, r] and [E, r, columns] of the tensor `canonical`, whose rows are some of those of `whole`."""
+
+    def read() -> tuple[Tensor, Tensor]:
+        down, up = a.read().unflatten(0, (experts, -1)), b.read()
+        if whole is not None:
+            up = whole.view([up], canonical)[slice(None), slice(None)]
+        return up.unflatten(1, (-1, experts)).permute(2, 0, 1), down
 
     return read
 
