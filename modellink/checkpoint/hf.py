@@ -141,7 +141,7 @@ def _check_folder(weights: HFWeights, config: ModelConfig, shapes: dict[str, tup
                 " its configuration does not belong to these weights."
             )
     for name in weights:
-        if name in needed or is_ignored(family, name):
+        if name in needed or is_ignored(config, name):
             continue
         if name == to_hf(family, _HEAD) and config.tie_word_embeddings:
             _check_tied(weights[name], weights[to_hf(family, _EMBEDDING)])

@@ -1,10 +1,11 @@
 """Where our tensors lie in a family's Hugging Face files: names, fused rows, transposed matrices, one file per expert.
 
-The family's row is the only source, for both directions (its `names`, `grouped` and `transposed`):
+The family's row is the only source, for both directions (its `names`, `grouped`, `alternating`, `transposed`):
 
     one of ours  <->  one of theirs            most modules; a parameter keeps its last part (`.weight`, `.bias`)
     several      <->  one                      modules that share a name: their rows one part after the other, in the
-                                               order of the table, or so for every key/value head (`grouped`)
+                                               order of the table, or so for every key/value head (`grouped`), or
+                                               so row by row (`alternating`)
     [out, in]    <->  [in, out]                `transposed`
     one [E, ...] <->  E                        a second "{}" in the name stands for the number of the expert
 
@@ -47,9 +48,12 @@ def _pattern(family: Family, name: str) -> str:
     return whole if whole in family.names else whole.rpartition(".")[0]
 
 
-def is_ignored(family: Family, name: str) -> bool:
-    """Whether the tensor `name` holds nothing learned (rotary tables and masks that old files carry)."""
-    return name.endswith(family.ignored_tensors)
+def is_ignored(config: ModelConfig, name: str) -> bool:
+    """Whether the tensor `name` of the files belongs to no parameter: rotary tables and masks that old files carry,
+    and layers after the last one that predict further tokens."""
+    family, number = FAMILIES.get(config.family), _NUMBER.search(name)
+    extra = family.extra_layers and number is not None and int(number.group()) >= (config.num_layers or 0)
+    return extra or name.endswith(family.ignored_tensors)
 
 
 @dataclass(frozen=True)
@@ -119,20 +123,28 @@ class View:
     def _read(self, source: Any, region: tuple[slice, ...]) -> Tensor:
         dim, pieces = self.tensor.dim, []
         for run in self._runs(region[dim]):
-            stored = [*region[:dim], run, *region[dim + 1 :]]
+            # files are read in contiguous ranges; a step is taken in memory
+            stored = [*region[:dim], slice(run.start, run.stop), *region[dim + 1 :]]
             if self.tensor.transposed:
                 stored[-2:] = stored[:-3:-1]
             piece = source[tuple(stored)]
-            pieces.append(piece.mT if self.tensor.transposed else piece)
+            piece = piece.mT if self.tensor.transposed else piece
+            pieces.append(piece if run.step is None else piece[(slice(None),) * dim + (slice(None, None, run.step),)])
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
     def _runs(self, rows: slice) -> Iterator[slice]:
-        """The stored rows of our `rows`, as contiguous runs."""
+        """The stored rows of our `rows`, as few runs as possible."""
         sizes = {name: shape[self.tensor.dim] // self.tensor.groups for name, shape in self.tensor.parts.items()}
         size, stride = sizes[self.canonical], sum(sizes.values())
         names = list(sizes)
         offset = sum(sizes[name] for name in names[: names.index(self.canonical)])
         start, end, _ = rows.indices(size * self.tensor.groups)
+        if start >= end:
+            yield slice(0, 0)
+            return
+        if size == 1 and stride > 1:
+            yield slice(start * stride + offset, (end - 1) * stride + offset + 1, stride)
+            return
         for group in range(start // size, -(-end // size)):
             low, high = max(start - group * size, 0), min(end - group * size, size)
             yield slice(group * stride + offset + low, group * stride + offset + high)
@@ -150,13 +162,15 @@ def layout_of(config: ModelConfig, shapes: Mapping[str, Shape]) -> dict[str, HFT
         canonicals.sort(key=lambda canonical: order[_pattern(family, canonical)])
         experts = shapes[canonicals[0]][0] if "{}" in name else None
         parts = {canonical: shapes[canonical][experts is not None :] for canonical in canonicals}
-        dims, module = len(parts[canonicals[0]]), name.rpartition(".")[0]
+        shape, module = parts[canonicals[0]], name.removesuffix(".weight").removesuffix(".bias")
+        dim = max(len(shape) - (1 if name.endswith("bias") else 2), 0)
+        groups = config.num_key_value_heads or 1 if module.endswith(family.grouped) else 1
         tensor = HFTensor(
             name=name,
             parts=parts,
-            dim=max(dims - (1 if name.endswith("bias") else 2), 0),
-            groups=config.num_key_value_heads or 1 if module.endswith(family.grouped) else 1,
-            transposed=dims > 1 and module.endswith(family.transposed),
+            dim=dim,
+            groups=shape[dim] if module.endswith(family.alternating) else groups,
+            transposed=len(shape) > 1 and module.endswith(family.transposed),
             experts=experts,
         )
         found.update(dict.fromkeys(canonicals, tensor))

@@ -41,6 +41,28 @@ def by_group(parts: dict[str, Tensor]) -> Tensor:
     return torch.cat([torch.cat((q[i], k[i], v[i])) for i in range(GROUPS)])
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("experts", [None, 3])
+def test_rows_by_turns(transposed: bool, experts: int | None) -> None:
+    """Gate and up, row by row: read in one range, of which every second row is taken."""
+    stack = () if experts is None else (experts,)
+    parts = filled({"gate": (*stack, 5, 3), "up": (*stack, 5, 3)})
+    dim = len(stack)
+    tensor = HFTensor("gu", {name: tuple(v.shape) for name, v in parts.items()}, dim, groups=5, transposed=transposed)
+    ((_, whole),) = tensor.assemble(parts)
+    rows = whole.mT if transposed else whole
+    assert torch.equal(rows[..., 0::2, :], parts["gate"]) and torch.equal(rows[..., 1::2, :], parts["up"])
+    assert tensor.shape == tuple(whole.shape) and whole.is_contiguous()
+    every = (slice(0, 2),) * dim
+    for part, value in parts.items():
+        for low in range(5):
+            for high in range(low, 6):
+                source = Stored(whole)
+                piece = tensor.view([source], part)[*every, slice(low, high), slice(1, 3)]
+                assert torch.equal(piece, value[*every, low:high, 1:3])
+                assert source.read <= 2 * piece.numel()
+
+
 @pytest.mark.parametrize("kind", ["one after the other", "by group", "transposed"])
 def test_fused_rows(kind: str) -> None:
     groups, transposed = (GROUPS if kind == "by group" else 1), kind == "transposed"
@@ -106,6 +128,14 @@ def test_every_row_is_invertible(name: str) -> None:
         **{"mlp_bias": False, "attention_output_bias": False, "qkv_bias": False},
     ).resolve()
     config = dataclasses.replace(config, **family.fixed)
+    if any(".experts." in ours for ours in family.names):
+        config.num_experts = 3
+        config.n_shared_experts = 2 * any("shared_experts" in ours for ours in family.names)
+        config.first_k_dense_replace = int("layers.{}.mlp.gate_proj" in family.names)
+    if config.multi_head_latent_attention:
+        config.q_lora_rank, config.kv_lora_rank, config.v_head_dim = 14, 10, 6
+        config.qk_nope_head_dim, config.qk_rope_head_dim = 8, 4
+    config = config.resolve()
     values = {name: parameter.detach() for name, parameter in Decoder(config).named_parameters()}
     layout = layout_of(config, expected_shapes(config))
     files = {name: value for tensor in layout.values() for name, value in tensor.assemble(values)}

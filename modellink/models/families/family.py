@@ -55,7 +55,16 @@ COMMON: dict[str, Any] = {
 # fields that describe a run rather than the function a model computes: no file can contradict them
 _NOT_ARCHITECTURE = words(
     """family vocab_size padded_vocab_size vocab_multiple attention_dropout hidden_dropout fp32_residual init_std
-    query_key_layer_scaling"""
+    query_key_layer_scaling router_input_jitter aux_loss_coeff device_aux_loss_coeff comm_aux_loss_coeff z_loss_coeff
+    sequence_aux_loss expert_capacity_factor pad_experts_to_capacity token_drop_policy moe_grouped_gemm"""
+)
+_EXPERT_FIELDS = words(
+    """moe_ffn_hidden_size n_shared_experts shared_expert_gate shared_expert_gate_dimension router_topk router_scoring
+    norm_topk_prob routed_scaling_factor router_groups topk_group router_bias router_correction_bias swiglu_limit"""
+)
+_LATENT_FIELDS = words(
+    """q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim latent_rope_interleaved
+    latent_norm_epsilon"""
 )
 _SCALING_FIELDS = [field.name for field in dataclasses.fields(ModelConfig) if field.name.startswith("rope_")]
 
@@ -88,8 +97,10 @@ class Family:
     """One row: `covers` names the published models, `fixed` the fields that no key of the family can change.
 
     `names` maps our modules to theirs; modules of ours that share a name of theirs are one fused tensor in the files,
-    rows in the order of the table. `grouped` ends the names whose rows alternate for every key/value head, `transposed`
-    those whose matrices are stored [in, out]. Published files may lack `prefix` in all their names.
+    rows in the order of the table. `grouped` ends the names whose rows alternate for every key/value head,
+    `alternating` those whose rows alternate one by one, `transposed` those whose matrices are stored [in, out].
+    Published files may lack `prefix` in all their names. With `extra_layers` they may hold layers after the last one
+    that predict further tokens, which are left out.
     """
 
     name: str
@@ -101,10 +112,12 @@ class Family:
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     names: Mapping[str, str] = dataclasses.field(default_factory=lambda: LLAMA_NAMES)
     grouped: tuple[str, ...] = ()
+    alternating: tuple[str, ...] = ()
     transposed: tuple[str, ...] = ()
     prefix: str = ""
     other_architectures: tuple[str, ...] = ()
     ignored_tensors: tuple[str, ...] = IGNORED_TENSORS
+    extra_layers: bool = False
 
     @property
     def architectures(self) -> tuple[str, ...]:
@@ -113,7 +126,7 @@ class Family:
 
     @property
     def _parts(self) -> list[Key | Group]:
-        return [*self.keys, *self.groups]
+        return [*self.keys, *self.groups, *([_EXTRA_LAYERS] if self.extra_layers else [])]
 
     def read(self, content: Mapping[str, Any], where: str) -> ModelConfig:
         """ModelConfig of a parsed config.json, derived sizes filled in; `where` names the file in errors.
@@ -122,6 +135,7 @@ class Family:
         has a value that is not implemented, or is not known and not cosmetic.
         """
         keys = Keys(content, where)
+        _refuse_quantised(keys)
         fields: dict[str, Any] = {"family": self.name, **COMMON, **self.fixed}
         for part in self._parts:
             fields.update(part.read(keys))
@@ -148,7 +162,7 @@ class Family:
             return str(error).rstrip(".")
         for name, value in _effective(config).items():
             if back[name] != value:
-                return f"{name}={value!r}"
+                return f"{name}={getattr(config.resolve(), name)!r}"
         return ""
 
     def _spell(self, config: ModelConfig) -> dict[str, Any]:
@@ -160,34 +174,83 @@ class Family:
 
 def _effective(config: ModelConfig) -> dict[str, Any]:
     """The fields that matter for the function computed; switches that are off are normalised away."""
-    fields = {
-        name: value for name, value in dataclasses.asdict(config.resolve()).items() if name not in _NOT_ARCHITECTURE
-    }
+    config = config.resolve()
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_ARCHITECTURE}
     if config.position_embedding != "rope":
         for name in _SCALING_FIELDS:
             fields.pop(name)
     elif config.rope_scaling is None:
         defaults = ModelConfig()
         for name in _SCALING_FIELDS:
-            if name not in ("rope_theta", "rope_fraction", "rope_interleaved"):
+            if name not in ("rope_theta", "rope_theta_window", "rope_fraction", "rope_interleaved"):
                 fields[name] = getattr(defaults, name)
     fields["window_layers"] = window_flags(config)
     if not any(fields["window_layers"]):
-        fields["sliding_window"] = None
+        fields["sliding_window"] = fields["rope_theta_window"] = None
     fields["query_scale"] = config.query_scale or fields["head_dim"]
+    return fields | _effective_experts(config) | _effective_latent(config)
+
+
+def _effective_experts(config: ModelConfig) -> dict[str, Any]:
+    """Fields of experts, one spelling for routers that compute the same."""
+    experts = [config.layer_has_experts(i) for i in range(config.num_layers or 0)]
+    fields: dict[str, Any] = {"num_experts": config.num_experts if any(experts) else None, "moe_layer_freq": experts}
+    fields["first_k_dense_replace"] = None
+    if not any(experts):
+        return fields | dict.fromkeys(_EXPERT_FIELDS)
+    if all(experts):
+        fields["ffn_hidden_size"] = None
+    if config.router_scoring == "softmax" and config.norm_topk_prob:
+        fields["router_scoring"] = "softmax_selected"
+    if fields.get("router_scoring", config.router_scoring) == "softmax_selected":
+        fields |= {"norm_topk_prob": None, "routed_scaling_factor": None}
+    if config.router_groups == config.topk_group:
+        fields |= {"router_groups": None, "topk_group": None}
+    if not (config.n_shared_experts and config.shared_expert_gate):
+        fields |= {"shared_expert_gate": False, "shared_expert_gate_dimension": None}
     return fields
 
 
+def _effective_latent(config: ModelConfig) -> dict[str, Any]:
+    if not config.multi_head_latent_attention:
+        return dict.fromkeys(_LATENT_FIELDS)
+    return {"num_key_value_heads": None, "rope_interleaved": None, "rope_fraction": None}
+
+
+_DEQUANTISE = {
+    "mxfp4": "load it in transformers with Mxfp4Config(dequantize=True)",
+    "fp8": "cast it with the family's own script (fp8_cast_bf16.py for DeepSeek-V3) or load it dequantised in "
+    "transformers",
+}
+
+
+def _refuse_quantised(keys: Keys) -> None:
+    settings = keys.take("quantization_config")
+    if settings:
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings
+        advice = _DEQUANTISE.get(str(method), "load it dequantised in transformers")
+        raise ModelLinkError(
+            f"{keys.where}: quantization_config says that the weights are quantised ({method}), which are not read:"
+            f" {advice}, save it in bfloat16 and give that folder."
+        )
+
+
+def _read_extra_layers(keys: Keys) -> dict[str, Any]:
+    keys.take("num_nextn_predict_layers")
+    return {}
+
+
+_EXTRA_LAYERS = Group(_read_extra_layers, lambda config: {"num_nextn_predict_layers": 0})
+
+
+_SIZES = (
+    *("num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "ffn_hidden_size"),
+    "vocab_size",
+)
+
+
 def _check_sizes(config: ModelConfig, where: str) -> None:
-    for name in (
-        "num_layers",
-        "hidden_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "ffn_hidden_size",
-        "vocab_size",
-    ):
+    for name in _SIZES:
         value = getattr(config, name)
         if value is None or value < 1:
             raise ModelLinkError(f"{where}: {name} = {value} must be at least 1.")

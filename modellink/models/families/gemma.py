@@ -1,4 +1,7 @@
-"""Gemma: embeddings times sqrt(hidden), norms stored minus one, tanh-gelu; Gemma2: branch norms, soft caps, windows."""
+"""Gemma: embeddings times sqrt(hidden), norms stored minus one, tanh-gelu; Gemma2: branch norms, soft caps, windows.
+
+Gemma-3 has norms on queries and keys in place of the soft caps, and a base of rotation for the layers with a window.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,17 @@ from typing import Any
 
 from modellink.config.schema import ModelConfig
 from modellink.models.families.family import ATTENTION_BIAS, LLAMA_NAMES, Family, add, size_keys
-from modellink.models.families.spelling import ACTIVATION_NAMES, ROPE, Group, Key, Keys, agree, window_group
+from modellink.models.families.spelling import (
+    ACTIVATION_NAMES,
+    ROPE,
+    Group,
+    Key,
+    Keys,
+    agree,
+    read_rope,
+    window_group,
+    write_rope,
+)
 
 
 def _read_activation(keys: Keys) -> dict[str, Any]:
@@ -28,6 +41,13 @@ def _write_activation(config: ModelConfig) -> dict[str, Any]:
 
 ACTIVATION = Group(_read_activation, _write_activation)
 FIXED = {"norm_offset": True, "norm_weight_in_fp32": True, "embedding_times_sqrt_hidden": True}
+
+# our post_attention_layernorm is the norm before the MLP in every family
+NAMES = LLAMA_NAMES | {
+    "layers.{}.attention_output_norm": "model.layers.{}.post_attention_layernorm",
+    "layers.{}.post_attention_layernorm": "model.layers.{}.pre_feedforward_layernorm",
+    "layers.{}.mlp_output_norm": "model.layers.{}.post_feedforward_layernorm",
+}
 
 GEMMA = add(
     Family(
@@ -56,12 +76,52 @@ GEMMA2 = add(
         ),
         groups=(ROPE, ACTIVATION, window_group(4096, "even")),
         fixed=FIXED | {"sandwich_norm": True},
-        # our post_attention_layernorm is the norm before the MLP in every family
-        names=LLAMA_NAMES
-        | {
-            "layers.{}.attention_output_norm": "model.layers.{}.post_attention_layernorm",
-            "layers.{}.post_attention_layernorm": "model.layers.{}.pre_feedforward_layernorm",
-            "layers.{}.mlp_output_norm": "model.layers.{}.post_feedforward_layernorm",
-        },
+        names=NAMES,
+    )
+)
+
+
+def _read_rotations(keys: Keys) -> dict[str, Any]:
+    """rope_theta, rope_scaling and rope_local_base_freq, or rope_parameters with an entry for each kind of layer."""
+    whole, local = keys.take("rope_parameters") or {}, keys.take("rope_local_base_freq")
+    if not isinstance(whole, dict):
+        raise keys.fail("rope_parameters", whole, "should be an object.")
+    window = dict(whole.get("sliding_attention") or {})
+    theta = agree(keys, "rope_local_base_freq", [local, window.pop("rope_theta", None)])
+    if window.pop("rope_type", "default") != "default" or any(value is not None for value in window.values()):
+        why = "is not implemented: layers with a window are rotated without scaling."
+        raise keys.fail("rope_parameters", whole, why)
+    spelled = {
+        "rope_theta": keys.take("rope_theta"),
+        "rope_scaling": keys.take("rope_scaling"),
+        "rope_parameters": whole.get("full_attention"),
+        "max_position_embeddings": keys.content["max_position_embeddings"],
+    }
+    if unknown := whole.keys() - {"sliding_attention", "full_attention"}:
+        raise keys.fail("rope_parameters", whole, f"has a kind of layer that is not known: {', '.join(unknown)}.")
+    return read_rope(Keys(spelled, keys.where), 1e6) | {"rope_theta_window": 10000.0 if theta is None else float(theta)}
+
+
+def _write_rotations(config: ModelConfig) -> dict[str, Any]:
+    window = config.rope_theta if config.rope_theta_window is None else config.rope_theta_window
+    return write_rope(config) | {"rope_local_base_freq": window}
+
+
+GEMMA3 = add(
+    Family(
+        name="gemma3",
+        covers="Gemma-3 270M and 1B; of 4B, 12B and 27B the text part, saved on its own",
+        architecture="Gemma3ForCausalLM",
+        model_type="gemma3_text",
+        keys=(
+            *size_keys(kv_heads=4, head_dim=256, tied=True),
+            ATTENTION_BIAS,
+            Key("hidden_activation", "activation", "gelu_pytorch_tanh", ACTIVATION_NAMES),
+            Key("query_pre_attn_scalar", "query_scale", 256),
+            Key("final_logit_softcapping", "output_logit_softcap", None),
+        ),
+        groups=(Group(_read_rotations, _write_rotations), window_group(4096, "periodic")),
+        fixed=FIXED | {"sandwich_norm": True, "qk_norm": True},
+        names=NAMES,
     )
 )

@@ -1,12 +1,16 @@
-"""ChatGLM3 and GLM4: grouped queries, half of each head rotated in pairs, everything fused, and keys of their own."""
+"""ChatGLM3 and GLM4: grouped queries, half of each head rotated in pairs, everything fused, and keys of their own.
+
+GLM-4.5 has nothing of these but the half rotation: it is Llama with the experts of DeepSeek-V3.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from modellink.config.schema import ModelConfig
-from modellink.models.families.family import Family, add
-from modellink.models.families.spelling import Group, Key, Keys, agree, constant
+from modellink.models.families.experts import chosen, expert_names, shared_names
+from modellink.models.families.family import ACTIVATION, LLAMA_NAMES, Family, add, size_keys
+from modellink.models.families.spelling import Group, Key, Keys, agree, constant, read_rope, window_group, write_rope
 
 
 def _read_groups(keys: Keys) -> dict[str, Any]:
@@ -89,4 +93,36 @@ CHATGLM = add(
         },
     ),
     *("chatglm3", "glm4"),
+)
+
+_MLP = "model.layers.{}.mlp"
+GLM4_MOE = add(
+    Family(
+        name="glm4_moe",
+        covers="GLM-4.5, GLM-4.5-Air, GLM-4.6",
+        architecture="Glm4MoeForCausalLM",
+        model_type="glm4_moe",
+        keys=(
+            *size_keys(kv_heads=8, epsilon=1e-5),
+            ACTIVATION,
+            Key("attention_bias", "qkv_bias", False),
+            Key("use_qk_norm", "qk_norm", False),
+            *chosen(8, 128, "n_routed_experts", "num_local_experts"),
+            Key("moe_intermediate_size", "moe_ffn_hidden_size", 1408),
+            Key("n_shared_experts", "n_shared_experts", 1),
+            Key("first_k_dense_replace", "first_k_dense_replace", 1),
+            Key("n_group", "router_groups", 1),
+            Key("topk_group", "topk_group", 1),
+            Key("norm_topk_prob", "norm_topk_prob", True),
+            Key("routed_scaling_factor", "routed_scaling_factor", 1.0),
+        ),
+        groups=(
+            Group(lambda keys: read_rope(keys, default_fraction=0.5), lambda config: write_rope(config, 0.5)),
+            window_group(None, "none"),
+        ),
+        fixed={"router_scoring": "sigmoid", "router_correction_bias": True},
+        names=LLAMA_NAMES | expert_names(_MLP) | shared_names(f"{_MLP}.shared_experts"),
+        extra_layers=True,
+    ),
+    *("glm4.5", "glm4.6"),
 )

@@ -1,12 +1,26 @@
-"""Llama and the families that differ from it by switches or fused tensors: Mistral, Aquila, MiniCPM, Phi-3, OLMo-2."""
+"""Llama and the families that differ from it by switches, fused tensors or experts: Mistral, Mixtral, Aquila, MiniCPM,
+Phi-3, OLMo-2.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from modellink.config.schema import ModelConfig
+from modellink.models.families.experts import EXPERT_WIDTH, chosen, expert_names
 from modellink.models.families.family import ACTIVATION, ATTENTION_BIAS, LLAMA_NAMES, Family, add, size_keys
-from modellink.models.families.spelling import ROPE, ROPE_TYPE, Group, Key, Keys, constant, renamed, window_group
+from modellink.models.families.spelling import (
+    ROPE,
+    ROPE_TYPE,
+    Group,
+    Key,
+    Keys,
+    constant,
+    read_rope,
+    renamed,
+    window_group,
+    write_rope,
+)
 
 LLAMA = add(
     Family(
@@ -27,6 +41,24 @@ MISTRAL = add(
         model_type="mistral",
         keys=(*size_keys(kv_heads=8), ACTIVATION),
         groups=(ROPE, window_group(4096, "all")),
+    )
+)
+
+MIXTRAL = add(
+    Family(
+        name="mixtral",
+        covers="Mixtral 8x7B and 8x22B",
+        architecture="MixtralForCausalLM",
+        model_type="mixtral",
+        keys=(
+            *renamed(size_keys(kv_heads=8, epsilon=1e-5), intermediate_size=None),
+            EXPERT_WIDTH,
+            ACTIVATION,
+            *chosen(2, 8, "num_local_experts"),
+            Key("router_jitter_noise", "router_input_jitter", 0.0),
+        ),
+        groups=(Group(lambda keys: read_rope(keys, 1e6), write_rope), window_group(None, "all")),
+        names=LLAMA_NAMES | expert_names("model.layers.{}.block_sparse_moe", ("w1", "w3", "w2")),
     )
 )
 
@@ -69,15 +101,37 @@ def _read_minicpm(keys: Keys) -> dict[str, Any]:
     }
 
 
+def _read_sparse(keys: Keys) -> dict[str, Any]:
+    experts, chosen_ones = keys.take("num_experts"), keys.take("num_experts_per_tok")
+    if not experts:  # a dense model, of which the other key says nothing
+        return {}
+    for name, value in (("num_experts", experts), ("num_experts_per_tok", chosen_ones)):
+        if not isinstance(value, int):
+            raise keys.fail(name, value, "should be a whole number.")
+    return {"num_experts": experts, "router_topk": chosen_ones}
+
+
+def _write_sparse(config: ModelConfig) -> dict[str, Any]:
+    if not config.num_experts:
+        return {}
+    return {
+        "num_experts": config.num_experts,
+        "num_experts_per_tok": config.router_topk,
+        "intermediate_size": config.moe_ffn_hidden_size,
+    }
+
+
 MINICPM = add(
     Family(
         name="minicpm",
-        covers="MiniCPM 1B and 2B",
+        covers="MiniCPM 1B and 2B, MiniCPM-MoE 8x2B",
         architecture="MiniCPMForCausalLM",
         model_type="minicpm",
         keys=(*size_keys(tied=True), ACTIVATION, ATTENTION_BIAS),
-        groups=(ROPE_TYPE, Group(_read_minicpm, _write_minicpm)),
-    )
+        groups=(ROPE_TYPE, Group(_read_minicpm, _write_minicpm), Group(_read_sparse, _write_sparse)),
+        names=LLAMA_NAMES | expert_names("model.layers.{}.mlp", ("w1", "w3", "w2")),
+    ),
+    "minicpm-moe",
 )
 
 PHI3 = add(

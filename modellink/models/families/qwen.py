@@ -1,6 +1,7 @@
 """Qwen: Llama with biases on query, key and value (1, 1.5, 2, 2.5), or with a norm on every query and key head (3).
 
-The first one also stretches its rotation and its queries beyond the trained length, except in training.
+The first one also stretches its rotation and its queries beyond the trained length, except in training. The sparse
+models of generations 1.5 and 2 have shared experts behind a gate, those of generation 3 have none.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from modellink.config.schema import ModelConfig
-from modellink.models.families.family import ACTIVATION, ATTENTION_BIAS, Family, add, size_keys
-from modellink.models.families.spelling import ROPE, Group, Key, Keys, constant, window_group
+from modellink.models.families.experts import DENSE_LAYERS, chosen, expert_names, shared_names
+from modellink.models.families.family import ACTIVATION, ATTENTION_BIAS, LLAMA_NAMES, Family, add, size_keys
+from modellink.models.families.spelling import NO_WINDOW, ROPE, Group, Key, Keys, constant, window_group
 
 
 def _read_width(keys: Keys) -> dict[str, Any]:
@@ -107,5 +109,64 @@ QWEN3 = add(
         keys=(*size_keys(kv_heads=32, head_dim=128), ACTIVATION, ATTENTION_BIAS),
         groups=(ROPE, window_group(4096, "switched")),
         fixed={"qk_norm": True},
+    )
+)
+
+
+def _read_shared(keys: Keys) -> dict[str, Any]:
+    shared, width = keys.take("shared_expert_intermediate_size", 5632), keys.content.get("moe_intermediate_size", 1408)
+    if not isinstance(shared, int) or not isinstance(width, int) or width < 1 or shared < 1 or shared % width:
+        why = f"is not implemented; known: multiples of moe_intermediate_size = {width!r}."
+        raise keys.fail("shared_expert_intermediate_size", shared, why)
+    return {"n_shared_experts": shared // width}
+
+
+def _write_shared(config: ModelConfig) -> dict[str, Any]:
+    return {"shared_expert_intermediate_size": config.n_shared_experts * (config.moe_ffn_hidden_size or 0)}
+
+
+_NORMED = Key("norm_topk_prob", "norm_topk_prob", False)
+_MLP = "model.layers.{}.mlp"
+QWEN2_MOE = add(
+    Family(
+        name="qwen2_moe",
+        covers="Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B",
+        architecture="Qwen2MoeForCausalLM",
+        model_type="qwen2_moe",
+        keys=(
+            *size_keys(kv_heads=16),
+            ACTIVATION,
+            Key("qkv_bias", "qkv_bias", True),
+            *chosen(4, 60, "num_experts"),
+            Key("moe_intermediate_size", "moe_ffn_hidden_size", 1408),
+            _NORMED,
+        ),
+        groups=(ROPE, NO_WINDOW, DENSE_LAYERS, Group(_read_shared, _write_shared)),
+        fixed={"router_scoring": "softmax", "shared_expert_gate": True},
+        names=LLAMA_NAMES
+        | expert_names(_MLP)
+        | shared_names(f"{_MLP}.shared_expert")
+        | {"layers.{}.mlp.shared_expert_gate": f"{_MLP}.shared_expert_gate"},
+    ),
+    "qwen1.5-moe",
+)
+
+QWEN3_MOE = add(
+    Family(
+        name="qwen3_moe",
+        covers="Qwen3-30B-A3B, Qwen3-235B-A22B",
+        architecture="Qwen3MoeForCausalLM",
+        model_type="qwen3_moe",
+        keys=(
+            *size_keys(kv_heads=4),
+            ACTIVATION,
+            ATTENTION_BIAS,
+            *chosen(8, 128, "num_experts", "num_local_experts"),
+            Key("moe_intermediate_size", "moe_ffn_hidden_size", 768),
+            _NORMED,
+        ),
+        groups=(ROPE, NO_WINDOW, DENSE_LAYERS),
+        fixed={"router_scoring": "softmax", "qk_norm": True},
+        names=LLAMA_NAMES | expert_names(_MLP),
     )
 )

@@ -45,7 +45,8 @@ COSMETIC_KEYS = (
         gradient_checkpointing use_flash_attn fp32 fp16 bf16 softmax_in_fp32 attention_softmax_in_fp32
         bias_dropout_fusion masked_softmax_fusion skip_bias_add skip_bias_add_qkv offset_alibi slow_but_exact
         apply_query_key_layer_scaling summary_type summary_use_proj summary_activation summary_proj_to_labels
-        summary_first_dropout is_decoder use_cache_kernel use_cache_quantization prefix_projection pre_seq_len"""
+        summary_first_dropout is_decoder use_cache_kernel use_cache_quantization prefix_projection pre_seq_len
+        output_router_logits router_aux_loss_coef aux_loss_alpha seq_aux ep_size fuse_weight"""
     )
 )
 DROPOUT_KEYS = words("hidden_dropout resid_pdrop embd_pdrop attn_pdrop embedding_dropout residual_dropout")
@@ -165,6 +166,17 @@ def renamed(keys: tuple[Key, ...], **names: str | tuple[str, ...] | None) -> tup
     return tuple(found)
 
 
+def ignored(*names: str) -> Group:
+    """Keys that the family's own code computes or never reads."""
+
+    def read(keys: Keys) -> dict[str, Any]:
+        for name in names:
+            keys.take(name)
+        return {}
+
+    return Group(read, lambda config: {})
+
+
 def constant(name: str, value: Any, default: Any = REQUIRED) -> Group:
     """A key that must say `value`; `default` is what the family's code assumes without it, if something else."""
 
@@ -227,7 +239,8 @@ def _rope_dict(keys: Keys) -> dict[str, Any]:
     return {key: value for key, value in merged.items() if value is not None}
 
 
-def read_rope(keys: Keys) -> dict[str, Any]:
+def read_rope(keys: Keys, default_theta: float = 10000.0, default_fraction: float = 1.0) -> dict[str, Any]:
+    """The fields of the rotation; the defaults are what the family's code assumes where the file says nothing."""
     rope = _rope_dict(keys)
     theta = agree(keys, "rope_theta", [keys.take("rope_theta"), rope.pop("rope_theta", None)])
     fraction = agree(
@@ -235,8 +248,10 @@ def read_rope(keys: Keys) -> dict[str, Any]:
     )
     kind = agree(keys, "rope_type", [rope.pop("rope_type", None), rope.pop("type", None)]) or "default"
     fields: dict[str, Any] = {
-        "rope_theta": _typed(keys, "rope_theta", 10000.0 if theta is None else theta, "float"),
-        "rope_fraction": _typed(keys, "partial_rotary_factor", 1.0 if fraction is None else fraction, "float"),
+        "rope_theta": _typed(keys, "rope_theta", default_theta if theta is None else theta, "float"),
+        "rope_fraction": _typed(
+            keys, "partial_rotary_factor", default_fraction if fraction is None else fraction, "float"
+        ),
     }
     if kind != "default" and kind not in _ROPE_KEYS:
         raise keys.fail("rope_type", kind, f"is not implemented; known: default, {', '.join(_ROPE_KEYS)}.")
@@ -266,9 +281,10 @@ def read_rope(keys: Keys) -> dict[str, Any]:
     return fields
 
 
-def _write_rope(config: ModelConfig) -> dict[str, Any]:
+def write_rope(config: ModelConfig, default_fraction: float = 1.0) -> dict[str, Any]:
+    """The published spelling: rope_theta beside rope_scaling."""
     written: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_scaling": None}
-    if config.rope_fraction != 1.0:
+    if config.rope_fraction != default_fraction:
         written["partial_rotary_factor"] = config.rope_fraction
     if config.rope_scaling is not None:
         scaling: dict[str, Any] = {"rope_type": config.rope_scaling}
@@ -282,15 +298,16 @@ def _write_rope(config: ModelConfig) -> dict[str, Any]:
     return written
 
 
-def _write_rope_type(config: ModelConfig) -> dict[str, Any]:
-    written = _write_rope(config)
+def write_rope_type(config: ModelConfig) -> dict[str, Any]:
+    """The older key of the rule."""
+    written = write_rope(config)
     if written["rope_scaling"]:
         written["rope_scaling"] = {"type": written["rope_scaling"].pop("rope_type"), **written["rope_scaling"]}
     return written
 
 
-ROPE = Group(read_rope, _write_rope)
-ROPE_TYPE = Group(read_rope, _write_rope_type)  # for families whose own code knows the older key alone
+ROPE = Group(read_rope, write_rope)
+ROPE_TYPE = Group(read_rope, write_rope_type)  # for families whose own code knows the older key alone
 
 
 # window: sliding_window, use_sliding_window, max_window_layers, layer_types -----------------------------------------
@@ -328,8 +345,8 @@ def _layer_types(keys: Keys, layers: int) -> list[bool] | None:
 def window_group(default_window: int | None, rule: str) -> Group:
     """Keys of the sliding window. `rule` says which layers have it unless `layer_types` does:
 
-    "none" the family has no window, "all", "even" (Gemma2), or "switched": off unless `use_sliding_window`, then on the
-    layers from `max_window_layers` on (Qwen).
+    "none" the family has no window, "all", "even" (Gemma2), "periodic" all but each `sliding_window_pattern`-th
+    (Gemma-3), or "switched": off unless `use_sliding_window`, then on the layers from `max_window_layers` on (Qwen).
     """
 
     def read(keys: Keys) -> dict[str, Any]:
@@ -341,6 +358,10 @@ def window_group(default_window: int | None, rule: str) -> Group:
             return {}
         window = _typed(keys, "sliding_window", keys.take("sliding_window", default_window), "int | None")
         flags = [rule == "all" or i % 2 == 0 for i in range(layers)]
+        if rule == "periodic":
+            names = ("sliding_window_pattern", "_sliding_window_pattern")
+            period = _typed(keys, names[0], agree(keys, names[0], [keys.take(name) for name in names]) or 6, "int")
+            flags = [(i + 1) % period != 0 for i in range(layers)]
         if rule == "switched":
             first = _typed(keys, "max_window_layers", keys.take("max_window_layers", 28), "int")
             used = _typed(keys, "use_sliding_window", keys.take("use_sliding_window", False), "bool")
@@ -369,6 +390,10 @@ def window_group(default_window: int | None, rule: str) -> Group:
         if rule == "none":
             return {}
         written: dict[str, Any] = {"sliding_window": config.sliding_window if windowed else None}
+        if rule == "periodic" and windowed and False in flags:
+            period = flags.index(False) + 1
+            if flags == [(i + 1) % period != 0 for i in range(len(flags))]:
+                written["sliding_window_pattern"] = period
         if rule == "switched":
             written["use_sliding_window"] = windowed
             written["max_window_layers"] = flags.index(True) if windowed else config.num_layers
@@ -377,3 +402,17 @@ def window_group(default_window: int | None, rule: str) -> Group:
         return written
 
     return Group(read, write)
+
+
+def _read_no_window(keys: Keys) -> dict[str, Any]:
+    if keys.take("use_sliding_window"):
+        why = "is not implemented for this family: versions of its code put the window on different layers."
+        raise keys.fail("use_sliding_window", True, why)
+    for name in ("sliding_window", "max_window_layers"):  # without effect
+        keys.take(name)
+    if any(_layer_types(keys, int(keys.content["num_hidden_layers"])) or []):
+        raise keys.fail("layer_types", "sliding_attention", "contradicts use_sliding_window, which is false.")
+    return {}
+
+
+NO_WINDOW = Group(_read_no_window, lambda config: {"use_sliding_window": False})
