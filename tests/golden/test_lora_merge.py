@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from modellink.checkpoint.hf import expected_shapes, read_config, read_extras, read_hf, save_hf
 from modellink.checkpoint.lora import AdaptedFolder, Merge, merged, open_adapter
-from modellink.checkpoint.megatron import Layout, write_megatron
+from modellink.checkpoint.megatron import Layout, MegatronFolder, write_megatron
 from modellink.config.schema import ModelConfig
 from modellink.errors import ModelLinkError
 
@@ -32,6 +33,13 @@ QWEN2 = transformers.Qwen2Config(**LLAMA_LIKE)
 PHI3 = transformers.Phi3Config(**LLAMA_LIKE)
 GPT2 = transformers.GPT2Config(vocab_size=71, n_embd=32, n_layer=2, n_head=4, n_positions=64)
 GEMMA = transformers.GemmaConfig(**LLAMA_LIKE, head_dim=8)
+SPARSE = LLAMA_LIKE | {"num_experts_per_tok": 2}
+MIXTRAL = transformers.MixtralConfig(**SPARSE, num_local_experts=4)
+QWEN3_MOE = transformers.Qwen3MoeConfig(**SPARSE, num_experts=5, moe_intermediate_size=20, head_dim=8)
+GPT_OSS = transformers.GptOssConfig(
+    **SPARSE | {"layer_types": ["sliding_attention", "full_attention"]}, num_local_experts=4, head_dim=8
+)
+EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 # name -> (configuration of the model, options of the adapter)
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -181,7 +189,7 @@ NAMES = {
     "legacy": ("layers.{}.", ("self_attention.query_key_value", "self_attention.dense"), "mlp.dense_"),
 }
 RANK, ALPHA = 3, 8
-STEP, FILE = "iter_0000001", "model_optim_rng.pt"
+STEP, FILE, TRACKER = "iter_0000001", "model_optim_rng.pt", "latest_checkpointed_iteration.txt"
 
 
 def module_names(dialect: str) -> dict[str, str]:
@@ -309,6 +317,53 @@ def test_fused_sharded_adapters(name: str, fields: dict[str, Any], tmp_path: Pat
     key = "layers.2.self_attn.k_proj.weight"
     for _ in range(2):  # any tensor, as often as it is asked
         torch.testing.assert_close(merge(key, state[key]).double(), exact[key], atol=1e-5, rtol=2**-8)
+
+
+def seeded(text: str, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(text.encode())))
+
+
+def add_to_every_shard(folder: Path, adapter: Path) -> None:
+    """Change the weights of a step, rank by rank, by factors of its own, which go into the files of `adapter`."""
+    for file in sorted((folder / STEP).rglob(FILE)):
+        tensor, *others = file.parent.name.removeprefix("mp_rank_").split("_")
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(file, weights_only=True)
+        model = content["model"]
+        factors: dict[str, Tensor] = {}
+        for name in [name for name in model if ".linear_" in name and name.endswith(".weight")]:
+            whole = "linear_qkv" in name  # the projections into latents are not split
+            columns = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+            # each expert-parallel rank has other experts; all else is the same in all of them
+            place = f"{name} {others[-1] if 'local_experts' in name else others[0]}"
+            a = seeded(place if not columns else f"{place} {tensor}", RANK, model[name].shape[1])
+            b = seeded(place if columns or whole else f"{place} {tensor}", model[name].shape[0], RANK)
+            stem = name.removesuffix(".weight")
+            factors |= {f"{stem}.lora_A.default.weight": a, f"{stem}.lora_B.default.weight": b}
+            model[name] = (model[name].double() + ALPHA / RANK * b.double() @ a.double()).float()
+        torch.save(content, file)
+        kept = {name: model[name] for name in model if name.startswith("embedding.")}
+        target = adapter / file.relative_to(folder)
+        target.parent.mkdir(parents=True)
+        torch.save({"args": content["args"], "model": kept | factors}, target)
+    (adapter / TRACKER).write_text("1")
+
+
+def test_adapters_of_experts_and_latents(tmp_path: Path) -> None:
+    latent = {"multi_head_latent_attention": True, "kv_lora_rank": 6, "q_lora_rank": 10, "num_key_value_heads": 4}
+    heads = {"qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "qk_norm": True}
+    experts = {"num_experts": 4, "moe_ffn_hidden_size": 12, "n_shared_experts": 2, "first_k_dense_replace": 1}
+    config, state = random_model(
+        **latent, **heads, **experts, shared_expert_gate=True, vocab_size=72, padded_vocab_size=72
+    )
+    write_megatron(tmp_path / "after", state.items(), config, Layout("mcore", 2, 2, expert_parallel=2))
+    add_to_every_shard(tmp_path / "after", tmp_path / "adapter")
+    found = dict(merged(state.items(), config, open_adapter(tmp_path / "adapter", alpha=ALPHA, rank=RANK)))
+    changed = 0
+    for name, value in MegatronFolder(tmp_path / "after").tensors(config):
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5)
+        changed += not torch.equal(value, state[name])
+    assert changed == 4 * 5 + 3 + 3 * (3 + 3)
 
 
 def refusal(config: ModelConfig, state: dict[str, Tensor], folder: Path, **known: Any) -> str:
