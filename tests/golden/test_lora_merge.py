@@ -63,6 +63,10 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "fused": (PHI3, {"target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]}),
     "transposed": (GPT2, {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True, "bias": "lora_only"}),
     "whole transposed": (GPT2, {"target_modules": ["c_fc"], "modules_to_save": ["c_attn"], "fan_in_fan_out": True}),
+    "experts": (MIXTRAL, EXPERTS),
+    "experts and ranks": (QWEN3_MOE, EXPERTS | {"rank_pattern": {"experts.down_proj": 3}, "use_rslora": False}),
+    "experts by their old names": (MIXTRAL, {"target_modules": ["v_proj", "w1", "w2", "w3"]}),
+    "experts of alternating rows": (GPT_OSS, EXPERTS | {"target_modules": ["o_proj", "q_proj"]}),
     "tied": (GEMMA, {"target_modules": ["q_proj", "up_proj"]}),
 }
 
