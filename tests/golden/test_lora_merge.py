@@ -144,6 +144,13 @@ FUSED: dict[str, dict[str, Any]] = {
         "norm_weight_in_fp32": True,
     },
     "qwen": {"num_key_value_heads": 4, "qkv_bias": True},
+    "mixtral": {"num_experts": 3, "moe_ffn_hidden_size": 48},
+    "deepseek_v2": {
+        "router_scoring": "softmax",
+        **{"multi_head_latent_attention": True, "num_key_value_heads": 4, "kv_lora_rank": 6, "q_lora_rank": 10},
+        **{"qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "qk_norm": True, "rope_interleaved": True},
+        **{"num_experts": 4, "moe_ffn_hidden_size": 12, "n_shared_experts": 2, "first_k_dense_replace": 1},
+    },
 }
 
 
