@@ -188,7 +188,8 @@ def _effective(config: ModelConfig) -> dict[str, Any]:
     if not any(fields["window_layers"]):
         fields["sliding_window"] = fields["rope_theta_window"] = None
     fields["query_scale"] = config.query_scale or fields["head_dim"]
-    return fields | _effective_experts(config) | _effective_latent(config)
+    first = _effective_experts(config) | _effective_latent(config)  # what is lost is named by the first difference
+    return first | {name: value for name, value in fields.items() if name not in first}
 
 
 def _effective_experts(config: ModelConfig) -> dict[str, Any]:

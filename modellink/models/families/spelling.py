@@ -18,6 +18,7 @@ from modellink.errors import ModelLinkError
 from modellink.registry import suggest
 
 REQUIRED = object()
+_ABSENT = object()
 
 
 def words(text: str) -> frozenset[str]:
@@ -114,10 +115,11 @@ class Key:
         return (self.field,) if isinstance(self.field, str) else self.field
 
     def read(self, keys: Keys) -> dict[str, Any]:
-        value = keys.take(self.name, self.default)
+        value = keys.take(self.name, _ABSENT)
         for name in self.also:
-            value = agree(keys, name, [None if value is self.default else value, keys.take(name)])
-            value = self.default if value is None else value
+            value = agree(keys, name, [None if value is _ABSENT else value, keys.take(name)])
+            value = _ABSENT if value is None else value
+        value = self.default if value is _ABSENT else value
         if value is REQUIRED:
             raise ModelLinkError(
                 f"{keys.where}: the key {self.name!r} is missing; the architecture is incomplete without it."
