@@ -10,6 +10,7 @@ Rows = dict[str, Row]
 GPT: Row = {
     "family": "gpt2",
     "normalization": "LayerNorm",
+    "norm_epsilon": 1e-5,
     "activation": "gelu_tanh",
     "gated_mlp": False,
     "qkv_bias": True,
@@ -22,6 +23,7 @@ GPT: Row = {
 LLAMA: Row = {
     "family": "llama",
     "normalization": "RMSNorm",
+    "norm_epsilon": 1e-5,
     "activation": "silu",
     "gated_mlp": True,
     "qkv_bias": False,

@@ -93,7 +93,7 @@ ROWS: Rows = {
     | sizes(48, 6144, 48, 8, 16384)
     | tokens(92544, 32768, 1000000.0),
     "minicpm-2b": _MINICPM,
-    "minicpm-moe-8x2b": _MINICPM | {"family": "minicpm_moe"} | experts(8, 2, 5760, aux_loss_coeff=0.01),
+    "minicpm-moe-8x2b": _MINICPM | experts(8, 2, 5760, aux_loss_coeff=0.01),
     "gemma-2b": _GEMMA | sizes(18, 2048, 8, 1, 16384),
     "gemma-7b": _GEMMA | sizes(28, 3072, 16, 16, 24576),
     "gemma2-2b": _GEMMA2 | sizes(26, 2304, 8, 4, 9216),

@@ -37,7 +37,14 @@ _GPT_OSS = (
     LLAMA
     | tokens(201088, 131072, 150000.0)
     | yarn(32.0, 4096, beta_fast=32.0, beta_slow=1.0, truncate=False)
-    | {"family": "gpt_oss", "head_dim": 64, "qkv_bias": True, "attention_output_bias": True, "mlp_bias": True}
+    | {
+        "family": "gpt_oss",
+        "norm_weight_in_fp32": True,
+        "head_dim": 64,
+        "qkv_bias": True,
+        "attention_output_bias": True,
+        "mlp_bias": True,
+    }
     | {"attention_sinks": True, "sliding_window": 128, "window_layers": "even"}
 )
 _GROK = (
