@@ -38,13 +38,15 @@ def check_experts(model: ModelConfig) -> None:
         )
     if model.pad_experts_to_capacity and model.expert_capacity_factor is None:
         raise ModelLinkError("padding experts to their capacity needs a capacity: set --moe-expert-capacity-factor.")
-    if model.first_k_dense_replace >= model.num_layers:
-        raise ModelLinkError(
-            f"--first-k-dense-replace {model.first_k_dense_replace} leaves no layer of {model.num_layers} for experts: "
-            "lower it."
-        )
     if model.moe_layer_freq < 1:
         raise ModelLinkError(f"--moe-layer-freq {model.moe_layer_freq} must be at least 1.")
+    if not any(model.layer_has_experts(layer) for layer in range(model.num_layers)):
+        raise ModelLinkError(
+            f"--first-k-dense-replace {model.first_k_dense_replace} with --moe-layer-freq {model.moe_layer_freq} leaves "
+            f"no layer of {model.num_layers} for experts: lower one."
+        )
+    if model.swiglu_limit is not None and not model.gated_mlp:
+        raise ModelLinkError("--swiglu-limit clamps the two halves of a gated MLP: give --swiglu, or leave it out.")
     if model.shared_expert_gate and model.shared_expert_gate_dimension not in (1, model.hidden_size):
         raise ModelLinkError(
             f"--shared-expert-gate-output-dimension {model.shared_expert_gate_dimension} must be 1 or the hidden size "

@@ -121,7 +121,8 @@ class AttentionCore(nn.Module):
                 return F.scaled_dot_product_attention(
                     q_BHSK, k_BGTK, v_BGTK, attn_mask=bias, dropout_p=probability, scale=scale
                 )
-            scores = (q_BHSK @ k_BGTK.transpose(-1, -2)).float() * scale
+            scores = q_BHSK @ k_BGTK.transpose(-1, -2)
+            scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
             if self.softcap is not None:
                 scores = self.softcap * torch.tanh(scores / self.softcap)
             scores = scores.masked_fill(~bias, float("-inf")) if bias.dtype == torch.bool else scores + bias

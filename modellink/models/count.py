@@ -29,7 +29,7 @@ def _latent_parameters(model: ModelConfig, parts: int) -> int:
     D, H, rank = model.hidden_size, model.num_attention_heads, model.q_lora_rank
     query, latent = H * model.head_dim, model.kv_lora_rank + model.qk_rope_head_dim
     split = (D if rank is None else rank) * query + model.kv_lora_rank * H * (model.qk_nope_head_dim + model.v_head_dim)
-    split += H * model.v_head_dim * D
+    split += H * model.v_head_dim * D + H * model.attention_sinks
     whole = latent * (D + model.qkv_bias) + model.kv_lora_rank * model.qk_norm + D * model.attention_output_bias
     return split // parts + whole + (rank or 0) * (D + model.qkv_bias + model.qk_norm)
 

@@ -266,11 +266,10 @@ class MoE(nn.Module):
         # expert parallelism hands in another way of running the sorted rows
         self.run_experts: Callable[[Tensor, Tensor], Tensor] | None = None
         self.token_weight: Tensor | float | None = None  # see the top of this module
-        # sums over the backward passes since `reset_statistics`
-        self.losses: dict[
-            str, Tensor
-        ] = {}  # auxiliary losses, times their coefficients and the positions they hold for
-        self.load_E: Tensor | None = None  # int64: tokens per expert, before dropping
+        # sums over the backward passes since `reset_statistics`: auxiliary losses, times their coefficients and
+        # positions; tokens per expert (int64), before dropping
+        self.losses: dict[str, Tensor] = {}
+        self.load_E: Tensor | None = None
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """[B, S, D] -> [B, S, D]."""

@@ -75,6 +75,7 @@ def model_flops(
     experts_per_token: int = 0,
     moe_ffn: int = 0,
     shared_ffn: int = 0,
+    shared_gate: int = 0,
 ) -> ModelFlops:
     """Return the FLOPs per token of training a decoder on sequences of `seq` tokens: its matrix products, exactly.
 
@@ -84,7 +85,7 @@ def model_flops(
         projections   2 (D H K + D G K + D G M + H M D)      or 2 `attention_params` where they differ (MLA)
         scores        2 S H K + 2 S H M                      half of it in the causal convention
         feed-forward  2 P D F                                in each dense layer
-        experts       2 D E + 2 P D (topk F_moe + F_shared)  in each of `moe_layers`
+        experts       2 D (E + gate) + 2 P D (topk F_moe + F_shared)  in each of `moe_layers`
         logits        2 D V
 
     Training costs three times the forward pass: the backward pass has two products for each one of the forward pass.
@@ -96,7 +97,7 @@ def model_flops(
     scores = 2 * seq * heads * (head_dim + value_head_dim)
     matrices = 3 if gated else 2
     dense = 2 * matrices * hidden * ffn
-    sparse = 2 * hidden * experts + 2 * matrices * hidden * (experts_per_token * moe_ffn + shared_ffn)
+    sparse = 2 * hidden * (experts + shared_gate) + 2 * matrices * hidden * (experts_per_token * moe_ffn + shared_ffn)
     rest = layers * 2 * attention_params + (layers - moe_layers) * dense + moe_layers * sparse + 2 * hidden * vocab
     return ModelFlops(full=3 * (rest + layers * scores), causal=3 * (rest + layers * scores // 2))
 
@@ -125,6 +126,7 @@ def flops_of(model: ModelConfig, seq: int) -> ModelFlops:
         experts_per_token=model.router_topk,
         moe_ffn=moe_ffn,
         shared_ffn=model.n_shared_experts * moe_ffn,
+        shared_gate=model.shared_expert_gate_dimension if model.shared_expert_gate and model.n_shared_experts else 0,
     )
 
 
