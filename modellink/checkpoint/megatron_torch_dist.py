@@ -33,26 +33,32 @@ _EXPERTS = re.compile(r"\.mlp\.experts\.experts\.(?:(\d+)\.)?")
 
 
 class _Record:
-    """An object of the index: its attributes, whichever way its class stored them."""
+    """An object of the index: its attributes, which some versions store by name and others in order."""
 
-    def __init__(self, *values: Any) -> None:
-        self.values = values
+    order: tuple[str, ...] = ()
 
     def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            self.__dict__.update(state)
-        else:
-            self.values = state
+        self.__dict__.update(state if isinstance(state, dict) else zip(self.order, state, strict=False))
 
 
 class _Index(SafeUnpickler):
     """Knows the classes of torch's index by name; nothing of torch or Megatron is built."""
 
-    _RECORDS = ("Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "MetadataIndex")
+    _ORDER = {
+        "Metadata": ("state_dict_metadata", "planner_data", "storage_data"),
+        "TensorStorageMetadata": ("properties", "size", "chunks"),
+        "ChunkStorageMetadata": ("offsets", "sizes"),
+        "TensorProperties": ("dtype",),
+        "MetadataIndex": ("fqn", "offset", "index"),
+        "_StorageInfo": ("relative_path", "offset", "length", "transform_descriptors"),
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("torch.distributed.checkpoint."):
-            return type(name, (_Record if name in (*self._RECORDS, "_StorageInfo") else Inert,), {})
+            order = self._ORDER.get(name)
+            if order is None:
+                return type(name, (Inert,), {})
+            return type(name, (_Record,), {"order": order, **dict.fromkeys(order)})  # what is not stored is None
         if module in ("torch.serialization", "torch._utils") and name.startswith("_get_"):
             return Inert
         return super().find_class(module, name)
@@ -109,7 +115,7 @@ class _Stored:
 
     def __init__(self, name: str, record: Any, chunks: list[_Chunk]) -> None:
         self.name, self.chunks = name, chunks
-        self.dtype, self.shape = record.properties.values[0], tuple(record.size)
+        self.dtype, self.shape = record.properties.dtype, tuple(record.size)
 
     def select(self, index: Path, at: tuple[int, ...]) -> DistributedTensor:
         """The tensor at these leading indices (a layer, an expert)."""
