@@ -42,8 +42,8 @@ def check_experts(model: ModelConfig) -> None:
         raise ModelLinkError(f"--moe-layer-freq {model.moe_layer_freq} must be at least 1.")
     if not any(model.layer_has_experts(layer) for layer in range(model.num_layers)):
         raise ModelLinkError(
-            f"--first-k-dense-replace {model.first_k_dense_replace} with --moe-layer-freq {model.moe_layer_freq} leaves "
-            f"no layer of {model.num_layers} for experts: lower one."
+            f"--first-k-dense-replace {model.first_k_dense_replace} with --moe-layer-freq {model.moe_layer_freq} "
+            f"leaves no layer of {model.num_layers} for experts: lower one."
         )
     if model.swiglu_limit is not None and not model.gated_mlp:
         raise ModelLinkError("--swiglu-limit clamps the two halves of a gated MLP: give --swiglu, or leave it out.")
