@@ -238,9 +238,11 @@ def _print_memory(console: Console, found: dict[str, Any]) -> None:
         f"{_INDENT}training one token   {flops['causal'] / 1e9:,.2f} GFLOP at sequence {sequence}"
         f" (with masked scores: {flops['full'] / 1e9:,.2f})\n"
     )
-    table = _table("states on each device", "devices", "weights", "gradients", "Adam fp32", "total")
-    for row in found["training_bytes"]:
-        sizes = [gib(row[key]) for key in ("weights", "gradients", "optimizer", "total")]
+    rows = found["training_bytes"]
+    unit, size = ("MiB", 2**20) if rows[0]["total"] < 2**30 else ("GiB", 2**30)
+    table = _table(f"{unit} on each device", "devices", "weights", "gradients", "Adam fp32", "total")
+    for row in rows:
+        sizes = [f"{row[key] / size:,.1f}" for key in ("weights", "gradients", "optimizer", "total")]
         table.add_row(row["flags"] or "nothing sharded", str(row["devices"]), *sizes)
     console.print(table)
 

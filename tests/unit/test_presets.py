@@ -192,7 +192,7 @@ def test_the_decoder_has_the_parameters_of_the_formula(name: str) -> None:
     assert sum(active for _, active in found.values()) == count_parameters(model, active=True)
 
 
-@pytest.mark.parametrize("name", [name for name in presets if preset(name).family in FAMILIES])
+@pytest.mark.parametrize("name", presets.names())
 def test_the_hugging_face_format_of_the_family_can_express_it(name: str) -> None:
     lost = FAMILIES.get(preset(name).family).lost(preset(name))
     assert bool(lost) == name.startswith("gpt4"), lost
