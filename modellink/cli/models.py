@@ -235,8 +235,8 @@ def _print_memory(console: Console, found: dict[str, Any]) -> None:
     console.print(f"{_INDENT}weights in bf16      {gib(found['weights_bytes'])}")
     console.print(f"{_INDENT}cache of 1024 tokens {1024 * cache / 2**20:,.1f} MiB{instead}")
     console.print(
-        f"{_INDENT}training one token   {flops['causal'] / 1e9:,.2f} GFLOP at sequence {sequence}"
-        f" (with masked scores: {flops['full'] / 1e9:,.2f})\n"
+        f"{_INDENT}training one token   {_flops(flops['causal'])} at sequence {sequence}"
+        f" (with masked scores: {_flops(flops['full'])})\n"
     )
     rows = found["training_bytes"]
     unit, size = ("MiB", 2**20) if rows[0]["total"] < 2**30 else ("GiB", 2**30)
@@ -245,6 +245,11 @@ def _print_memory(console: Console, found: dict[str, Any]) -> None:
         sizes = [f"{row[key] / size:,.1f}" for key in ("weights", "gradients", "optimizer", "total")]
         table.add_row(row["flags"] or "nothing sharded", str(row["devices"]), *sizes)
     console.print(table)
+
+
+def _flops(count: float) -> str:
+    prefix, size = next((p, s) for p, s in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 0.0)) if count >= s)
+    return f"{count / (size or 1e3):.2f} {prefix}FLOP"
 
 
 def _print_published(console: Console, rows: list[dict[str, Any]]) -> None:
