@@ -236,7 +236,7 @@ def _print_memory(console: Console, found: dict[str, Any]) -> None:
     console.print(f"{_INDENT}cache of 1024 tokens {1024 * cache / 2**20:,.1f} MiB{instead}")
     console.print(
         f"{_INDENT}training one token   {_flops(flops['causal'])} at sequence {sequence}"
-        f" (with masked scores: {_flops(flops['full'])})\n"
+        f" (all scores: {_flops(flops['full'])})\n"
     )
     rows = found["training_bytes"]
     unit, size = ("MiB", 2**20) if rows[0]["total"] < 2**30 else ("GiB", 2**30)
