@@ -123,13 +123,15 @@ class View:
     def _read(self, source: Any, region: tuple[slice, ...]) -> Tensor:
         dim, pieces = self.tensor.dim, []
         for run in self._runs(region[dim]):
-            # files are read in contiguous ranges; a step is taken in memory
+            # files are read in contiguous ranges; a step is taken in memory, and what it skips is let go
             stored = [*region[:dim], slice(run.start, run.stop), *region[dim + 1 :]]
             if self.tensor.transposed:
                 stored[-2:] = stored[:-3:-1]
             piece = source[tuple(stored)]
             piece = piece.mT if self.tensor.transposed else piece
-            pieces.append(piece if run.step is None else piece[(slice(None),) * dim + (slice(None, None, run.step),)])
+            if run.step is not None:
+                piece = piece[(slice(None),) * dim + (slice(None, None, run.step),)].contiguous()
+            pieces.append(piece)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
     def _runs(self, rows: slice) -> Iterator[slice]:
