@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -55,6 +55,38 @@ def test_grok_as_published_in_jax(shared: Path) -> None:
     """The first publication of Grok-1's code, in another framework, on the weights of the port."""
     reference = np.load(shared / "parity" / "grok1_jax_ref.npz")
     logits = load(shared / "parity" / "grok1_port")(torch.from_numpy(reference["input_ids"]))
+    torch.testing.assert_close(logits, torch.from_numpy(reference["logits"]), atol=2e-4, rtol=0)
+
+
+# the other port's names of what the folder calls otherwise
+OTHER_GROK = {
+    **{"transformer.in_out_embed": "model.embed_tokens", "transformer.rms_norm.weight": "model.norm.scale"},
+    **{"transformer.decoder_layer": "model.layers", "multi_head_attention.linear": "attn.o_proj"},
+    **{f"multi_head_attention.{part}": f"attn.{part[0]}_proj" for part in ("query", "key", "value")},
+    **{"router.weight": "moe_block.gate.weight", ".moe.": ".moe_block.experts."},
+    **{"rms_norm_1.weight": "post_attn_norm.scale", "rms_norm_2.weight": "pre_moe_norm.scale"},
+    **{"rms_norm_3.weight": "post_moe_norm.scale", "rms_norm.weight": "pre_attn_norm.scale"},
+}
+
+
+@torch.no_grad()
+def test_grok_as_another_port_spells_it(shared: Path, tmp_path: Path) -> None:
+    source = shared / "parity" / "grok1_port"
+    settings = json.loads((source / "config.json").read_text()) | {"architectures": ["Grok1ModelForCausalLM"]}
+    for name in ("hidden_act", "auto_map"):
+        settings.pop(name)
+    settings["num_experts"] = settings.pop("num_local_experts")
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    state = {}
+    for name, value in load_file(source / "model.safetensors").items():
+        for ours, theirs in OTHER_GROK.items():
+            name = name.replace(ours, theirs)
+        state[name] = value
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model, reference = load(tmp_path), np.load(source / "ref.npz")
+    assert model.config.family == "grok1"
+    logits = model(torch.from_numpy(reference["input_ids"]))
     torch.testing.assert_close(logits, torch.from_numpy(reference["logits"]), atol=2e-4, rtol=0)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,13 @@ import pytest
 import torch
 import transformers
 from family_peers import VOCAB, YARN, make_peer, ours_from, set_of, stepwise, tokens
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from modellink.checkpoint.hf import read_config, save_hf
 from modellink.checkpoint.mapping import layout_of
+from modellink.errors import ModelLinkError
+from modellink.models.families import FAMILIES
 
 SCALES = {"mscale": 0.7, "mscale_all_dim": 0.4}
 CLASSES = {
@@ -242,3 +246,43 @@ def assert_same_meaning(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
         if name == "rope_parameters":
             found = {key: found.get(key) for key in value}
         assert found == value or name == "_name_or_path" or (name, value) == ("head_dim", None), name
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+@torch.no_grad()
+def test_layers_that_predict_further_tokens_are_left_out(family: str, tmp_path: Path) -> None:
+    """Published files hold one more layer than the model has; the bias of the router stays as wide as it is stored."""
+    options = next(options for name, _, options in CASES if name == family)
+    peer = peer_of(family, options | {"num_nextn_predict_layers": 1})
+    peer.save_pretrained(tmp_path / "source")
+    file = tmp_path / "source" / "model.safetensors"
+    state = load_file(file)
+    extra = {
+        name.replace(".2.", ".3."): value.clone() for name, value in state.items() if name.startswith("model.layers.2.")
+    } | {"model.layers.3.eh_proj.weight": torch.ones(48, 96), "model.layers.3.shared_head.norm.weight": torch.ones(48)}
+    save_file(state | extra, file, metadata={"format": "pt"})
+    model = ours_from(tmp_path / "source")
+    torch.testing.assert_close(model(tokens()), peer(tokens()).logits, atol=1e-4, rtol=0)
+    save_hf(tmp_path / "target", model.named_parameters(), model.config, tokenizer_from=tmp_path / "source")
+    assert load_file(tmp_path / "target" / "model.safetensors").keys() == state.keys()
+    assert json.loads((tmp_path / "target" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    save_file(state | {"model.layers.x.eh_proj.weight": torch.ones(1)}, file, metadata={"format": "pt"})
+    with pytest.raises(ModelLinkError, match="'model.layers.x.eh_proj.weight' fits nowhere"):
+        ours_from(tmp_path / "source")
+
+
+def test_one_router_in_two_spellings() -> None:
+    """A softmax over the chosen logits is a softmax over all, divided by the sum of the chosen."""
+    mixtral = FAMILIES.get("mixtral")
+    config = mixtral.read(
+        {
+            **{"num_hidden_layers": 2, "hidden_size": 24, "num_attention_heads": 4, "intermediate_size": 40},
+            **{"vocab_size": 32, "max_position_embeddings": 16, "num_key_value_heads": 2},
+        },
+        "config.json",
+    )
+    same = dataclasses.replace(config, router_scoring="softmax", norm_topk_prob=True, ffn_hidden_size=7)
+    assert mixtral.lost(same) == ""
+    assert mixtral.lost(dataclasses.replace(same, norm_topk_prob=False)) == "router_scoring='softmax'"
+    assert mixtral.lost(dataclasses.replace(config, first_k_dense_replace=1)) != ""
+    assert mixtral.lost(dataclasses.replace(config, aux_loss_coeff=0.1, expert_capacity_factor=1.5)) == ""

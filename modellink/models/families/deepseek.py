@@ -34,8 +34,8 @@ def _read_heads(keys: Keys) -> dict[str, Any]:
 
 
 def _read_rotation(keys: Keys) -> dict[str, Any]:
-    scaling = keys.content.get("rope_scaling") or keys.content.get("rope_parameters") or {}
-    if bool(scaling.get("mscale")) != bool(scaling.get("mscale_all_dim")):
+    scaling = keys.content.get("rope_scaling") or keys.content.get("rope_parameters")
+    if isinstance(scaling, dict) and bool(scaling.get("mscale")) != bool(scaling.get("mscale_all_dim")):
         why = "gives one of mscale and mscale_all_dim, for which versions of its code disagree; give both or none."
         raise keys.fail("rope_scaling", scaling, why)
     return read_rope(keys)

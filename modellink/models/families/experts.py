@@ -41,7 +41,7 @@ def _read_dense(keys: Keys) -> dict[str, Any]:
     step, dense = keys.take("decoder_sparse_step", 1), keys.take("mlp_only_layers") or []
     if step != 1:
         raise keys.fail("decoder_sparse_step", step, "is not implemented; known: 1, experts in every layer.")
-    if not isinstance(dense, list) or sorted(dense) != list(range(len(dense))):
+    if not isinstance(dense, list) or dense != list(range(len(dense))):
         raise keys.fail("mlp_only_layers", dense, "is not implemented: dense layers must be the first ones.")
     return {"first_k_dense_replace": len(dense)}
 

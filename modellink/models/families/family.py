@@ -142,7 +142,10 @@ class Family:
         keys.finish()
         config = ModelConfig(**fields).resolve()
         _check_sizes(config, where)
-        check_experts(config)
+        try:
+            check_experts(config)
+        except ModelLinkError as error:
+            raise ModelLinkError(f"{where}: {error}") from None
         return config
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
@@ -246,14 +249,15 @@ _EXTRA_LAYERS = Group(_read_extra_layers, lambda config: {"num_nextn_predict_lay
 
 _SIZES = (
     *("num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "ffn_hidden_size"),
-    "vocab_size",
+    *("vocab_size", "num_experts", "router_groups"),
 )
+_MAY_BE_NONE = ("num_experts", "router_groups")
 
 
 def _check_sizes(config: ModelConfig, where: str) -> None:
     for name in _SIZES:
         value = getattr(config, name)
-        if value is None or value < 1:
+        if (value is None and name not in _MAY_BE_NONE) or (value is not None and value < 1):
             raise ModelLinkError(f"{where}: {name} = {value} must be at least 1.")
     if (config.num_attention_heads or 0) % (config.num_key_value_heads or 1):
         raise ModelLinkError(
