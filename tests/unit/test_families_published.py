@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -327,6 +328,13 @@ def test_published_files(name: str, parameters: int, content: dict[str, Any], tm
     written = FAMILIES.get(config.family).write(config)
     (tmp_path / "config.json").write_text(json.dumps(written))
     assert read_config(tmp_path) == config
+
+
+def test_the_documentation_lists_every_family(root: Path) -> None:
+    table = (root / "docs" / "families.md").read_text(encoding="utf-8").split("## Reading")[0]
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("| `")]
+    listed = {name for row in rows for name in re.findall(r"[\w.-]+", row[1] + row[2])}
+    assert listed == set(FAMILIES)
 
 
 def decoder_parameters(config: ModelConfig) -> int:
