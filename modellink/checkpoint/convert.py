@@ -1,124 +1,203 @@
 """Whole-folder conversion between Hugging Face, Megatron's and native checkpoints, tensor by tensor.
 
-Nothing is computed: names are mapped, rows of vocabulary padding come or go, bytes are copied. Tokenizer, model code
-and the keys of config.json that no option holds travel with the weights, beside and inside the native step. A source is
-a stream of tensors under canonical names with the architecture they belong to; every target takes such a stream.
-Megatron's formats are spoken by their own module.
+Nothing is computed: names are mapped, rows of vocabulary padding come or go, bytes are copied. A source (`source`)
+yields any of its tensors under canonical names; a sink (`sinks`) is a folder of parts that each need some of them; the
+pump moves them on several threads in the memory of the largest; the work folder (`work`) holds the target until it is
+complete, and survives an interruption; `verify` reads it back and compares logits before it takes the target's name.
+Tokenizer, model code and the keys of config.json that no option holds travel with the weights.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import resource
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
-from torch import Tensor
 
-from modellink.checkpoint.hf import (
-    copy_companions,
-    expected_shapes,
-    is_hf_folder,
-    read_config,
-    read_extras,
-    read_hf,
-    save_hf,
+import modellink
+from modellink.checkpoint import verify as verification
+from modellink.checkpoint.hf import check_replaceable, is_hf_folder
+from modellink.checkpoint.megatron import Layout, check_writable, find_step
+from modellink.checkpoint.pump import Pump, Sink, digests
+from modellink.checkpoint.sinks import HFSink, MegatronSink, NativeSink
+from modellink.checkpoint.source import (
+    Source,
+    find_original,
+    has_tokenizer,
+    open_hf,
+    open_megatron,
+    open_native,
 )
-from modellink.checkpoint.megatron import Layout, MegatronFolder, find_step, write_megatron
-from modellink.checkpoint.store import (
-    EXTRA,
-    CheckpointStore,
-    holds_native,
-    is_native_step,
-    load_full,
-    read_tensor_names,
-)
-from modellink.config.architecture import read_native
+from modellink.checkpoint.store import holds_native
+from modellink.checkpoint.work import WorkFolder, fingerprint
 from modellink.config.load import dump_config, load_config
 from modellink.config.resolved import ResolvedConfig
-from modellink.config.schema import Config, ModelConfig
-from modellink.errors import ModelLinkError
+from modellink.config.schema import Config
+from modellink.errors import ModelLinkError, RunFailure
 
 FORMATS = ("hf", "native", "mcore", "legacy")
 EXPORT = "mg2hf"  # where a conversion into the folder of the original Hugging Face model puts its result
+REPORT = "conversion_report.json"
 _TOKENIZER = "tokenizer.tokenizer_name_or_path"
 
 
-@dataclasses.dataclass
-class _Source:
-    """A checkpoint as a stream; `companions` is the folder that holds its tokenizer, where there is one."""
+@dataclass
+class _Job:
+    """One conversion: everything that decides what is written, and how it is done."""
 
-    kind: str
-    config: ModelConfig
-    tensors: Iterable[tuple[str, Tensor]]
-    extras: dict[str, Any] | None
-    companions: Path | None
+    source: Source
+    target: Path
+    to: str
+    layout: Layout
+    dtype: torch.dtype | None = None
+    verify: bool = True
+    report: bool = True
+    workers: int = 1
+    progress: bool = False
+    resolved: ResolvedConfig | None = None
+
+    def run(self) -> None:
+        """Write the target, or leave it as it was."""
+        work, threads = WorkFolder(self.target, self._identity()), torch.get_num_threads()
+        torch.set_num_threads(1)  # the workers are the threads: theirs would only wait for one another
+        try:
+            with work:
+                self._fill(work)
+        except OSError as error:
+            raise RunFailure(
+                f"writing {self.target} failed: {error.strerror or error}; what was there is unchanged: make room or "
+                "fix the cause, and run the same command again."
+            ) from error
+        finally:
+            torch.set_num_threads(threads)
+
+    def _fill(self, work: WorkFolder) -> None:
+        started, resumed = time.perf_counter(), work.resumed
+        pump = Pump(self.source, self.dtype, self.workers, self.progress)
+        sink = self._sink(work.content, pump)
+        sent: dict[str, str] = {}
+        todo = [part for part in sink.parts if part.name not in work.finished]
+        if resumed:
+            print(
+                f"modellink: going on with an interrupted conversion: {resumed} of {len(sink.parts)} parts are there.",
+                file=sys.stderr,
+            )
+        sink.create()
+
+        def write(part: Any, groups: Any) -> None:
+            found: dict[str, str] = {}
+            notes = sink.write(part, digests(groups, found))
+            work.record(part.name, {"digests": found, "notes": notes})
+
+        pump.run(todo, write, "Converting")
+        for report in work.finished.values():
+            sent |= report["digests"]
+        sink.finish({name: report["notes"] for name, report in work.finished.items()})
+        written = time.perf_counter()
+        difference, skipped = None, "verification was switched off"
+        if self.verify:
+            difference, skipped = self._verify(work.content, pump, sent)
+        if self.report:
+            seconds = {"convert": written - started, "verify": time.perf_counter() - written}
+            facts = self._facts(pump, sent, seconds) | {"parts_resumed": resumed}
+            facts["verification"] = {
+                "tensors": "every tensor read back equals the one sent" if self.verify else "skipped",
+                "logits_max_difference": difference,
+                "logits_skipped": skipped,
+            }
+            text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+            (work.content / REPORT).write_text(text, encoding="utf-8")
+        keep = [path.name for path in self.target.iterdir()] if self.target.is_dir() else []
+        work.publish([name for name in keep if self.layout.dialect == self.to and not name.startswith(".")])
+
+    def _sink(self, folder: Path, pump: Pump) -> Sink:
+        if self.to == "hf":
+            return HFSink(folder, self.source, pump.dtypes, pump.size)
+        if self.to == "native":
+            assert self.resolved is not None
+            return NativeSink(folder, self.source, pump.size, dump_config(self.resolved))
+        return MegatronSink(folder, self.source, pump.size, self.layout)
+
+    def _verify(self, folder: Path, pump: Pump, sent: dict[str, str]) -> tuple[float | None, str | None]:
+        """Read `folder` back under the configuration of the source, then compute with its own."""
+        config = self.source.config
+        written = self._reopen(folder)
+        own, written.config = written.config, dataclasses.replace(config, padded_vocab_size=config.vocab_size)
+        groups = [list(group) for group in written.groups]
+        verification.check_tensors(Pump(written, None, self.workers, self.progress), groups, sent, str(self.target))
+        written.config = dataclasses.replace(own, vocab_size=config.vocab_size)
+        return verification.compare_logits(self.source, written, pump.dtypes)
+
+    def _reopen(self, folder: Path) -> Source:
+        if self.to == "hf":
+            return open_hf(folder)
+        if self.to == "native":
+            return open_native(folder, verify=False)
+        return open_megatron(folder, None, self.source.config.family, self.source.config.vocab_size)
+
+    def _identity(self) -> dict[str, Any]:
+        source = self.source
+        return {
+            "versions": [modellink.__version__, torch.__version__],
+            "source": [str(source.folder.absolute()), fingerprint(source.folder, deep=source.kind != "hf")],
+            "config": dataclasses.asdict(source.config),
+            "extras": source.extras,
+            "companions": str(source.companions.absolute()) if source.companions else None,
+            "changes": [repr(change) for change in source.changes],
+            "to": [self.to, dataclasses.asdict(self.layout), str(self.dtype), str(self.target.absolute())],
+        }
+
+    def _facts(self, pump: Pump, sent: dict[str, str], seconds: dict[str, float]) -> dict[str, Any]:
+        size = pump.size(sent)
+        kinds = {str(pump.dtypes[name]).removeprefix("torch.") for name in sent}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        layout = dataclasses.asdict(self.layout) if self.layout.dialect == self.to else None
+        return {
+            "modellink": modellink.__version__,
+            "source": {"path": str(self.source.folder.absolute()), "format": self.source.kind},
+            "target": {"path": str(self.target.absolute()), "format": self.to, "layout": layout},
+            "dtypes": sorted(kinds),
+            "tensors": len(sent),
+            "bytes": size,
+            "seconds": {name: round(value, 3) for name, value in seconds.items()},
+            "gigabytes_per_second": round(size / 1e9 / max(seconds["convert"], 1e-9), 3),
+            "peak_memory_bytes": peak,
+        }
 
 
 def hf_to_native(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
     """Write step 1 of a native checkpoint with the weights of a Hugging Face folder, by default each in its dtype."""
-    opened = _open_hf(source)
-    resolved = load_config(["--hf-path", str(source)], program="generate")
-    resolved.program = "train"  # what is written describes a run
-    resolved.set("model.padded_vocab_size", opened.config.padded_vocab_size, "converted weights")
-    _write_native(target, opened, resolved, dtype)
+    opened = open_hf(source)
+    resolved = _described_by_hf(opened, target)
+    _Job(opened, target, "native", Layout(), dtype, verify=False, report=False, resolved=resolved).run()
 
 
 def native_to_hf(source: Path, target: Path, dtype: torch.dtype | None = None, *, progress: bool = False) -> None:
     """Write a Hugging Face folder from the newest complete step (or the step folder) `source`."""
-    _write_hf(target, _open_native(source, progress), dtype)
+    check_replaceable(target)
+    opened = open_native(source)
+    _Job(opened, target, "hf", Layout(), dtype, verify=False, report=False, progress=progress).run()
 
 
-def _write_native(target: Path, source: _Source, resolved: ResolvedConfig, dtype: torch.dtype | None) -> None:
-    tensors = {f"model.{name}": tensor.to(dtype or tensor.dtype) for name, tensor in source.tensors}
+def _described_by_hf(source: Source, target: Path) -> ResolvedConfig:
+    resolved = load_config(["--hf-path", str(source.folder)], program="generate")
+    resolved.program = "train"  # what is written describes a run
+    resolved.set("model.padded_vocab_size", source.config.padded_vocab_size, "converted weights")
     if resolved.get(_TOKENIZER):
         resolved.set(_TOKENIZER, str(target.absolute()), "converted tokenizer")
-    target.mkdir(parents=True, exist_ok=True)
-    if source.companions is not None:
-        copy_companions(source.companions, target)
-    extra = {"progress": {}, "layout": {}, "hf_extras": source.extras}
-    CheckpointStore(target, local=True).save(1, tensors, extra=extra, per_rank={}, config_text=dump_config(resolved))
+    return resolved
 
 
-def _write_hf(target: Path, source: _Source, dtype: torch.dtype | None) -> None:
-    save_hf(target, source.tensors, source.config, tokenizer_from=source.companions, extras=source.extras, dtype=dtype)
-
-
-def _open_hf(source: Path) -> _Source:
-    config = read_config(source)
-    config.padded_vocab_size = config.vocab_size
-    return _Source("hf", config, read_hf(source, config), read_extras(source), source)
-
-
-def _open_native(source: Path, progress: bool) -> _Source:
-    step = source if is_native_step(source) else CheckpointStore(source, local=True).resolve()
-    config = read_native(step / "modellink.yaml").resolve()
-    config.padded_vocab_size = read_tensor_names(step)["model.embed_tokens.weight"].shape[0]
-    config.vocab_size = config.vocab_size or config.padded_vocab_size
-    names = [f"model.{name}" for name in expected_shapes(config)]
-    stored = track(load_full(step, names), "Reading weights", total=len(names), disable=not progress)
-    tensors = ((name.removeprefix("model."), tensor) for name, tensor in stored)
-    extras: dict[str, Any] | None = json.loads((step / EXTRA).read_text(encoding="utf-8")).get("hf_extras")
-    return _Source("native", config, tensors, extras, _tokenizer_folder(step))
-
-
-def _open_megatron(source: Path, original: Path | None, family: str | None, vocab_size: int | None) -> _Source:
-    """`original`, a Hugging Face folder, says the architecture better than the files do."""
-    folder = MegatronFolder(source)
-    config = folder.config(family) if original is None else read_config(original)
-    config.vocab_size = config.padded_vocab_size = vocab_size or config.vocab_size
-    extras = folder.extras if original is None else read_extras(original)
-    beside = next((place for place in (original, source) if place and _has_tokenizer(place)), None)
-    stream = track(folder.tensors(config), "Reading weights", total=len(expected_shapes(config)))
-    return _Source(folder.dialect, config, stream, extras, beside or original)
-
-
-def _describe(source: _Source) -> ResolvedConfig:
-    """A run's configuration that knows its architecture and nothing else."""
+def _described(source: Source, target: Path) -> ResolvedConfig:
+    """A run's configuration that knows its architecture and tokenizer, and nothing else."""
     config = Config()
     origins = {
         f"{section.name}.{option.name}": "default"
@@ -128,31 +207,11 @@ def _describe(source: _Source) -> ResolvedConfig:
     resolved = ResolvedConfig(config, origins, "train")
     for option in dataclasses.fields(source.config):
         resolved.set(f"model.{option.name}", getattr(source.config, option.name), "converted weights")
-    if source.companions is not None and _has_tokenizer(source.companions):
+    resolved.set("model.padded_vocab_size", source.config.vocab_size, "converted weights")
+    if source.companions is not None and has_tokenizer(source.companions):
         resolved.set("tokenizer.tokenizer_type", "PretrainedFromHF", "converted tokenizer")
-        resolved.set(_TOKENIZER, str(source.companions), "converted tokenizer")
+        resolved.set(_TOKENIZER, str(target.absolute()), "converted tokenizer")
     return resolved
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any(folder.glob("tokenizer*"))
-
-
-def _tokenizer_folder(step: Path) -> Path | None:
-    """The tokenizer that the run named, else what lies beside its steps; a warning when it named one that is gone."""
-    named = read_native(step / "modellink.yaml", section="tokenizer").tokenizer_name_or_path
-    beside = step.absolute().parent
-    if named and Path(named).is_dir():
-        return Path(named)
-    if _has_tokenizer(beside):
-        return beside
-    if named:
-        print(
-            f"modellink: warning: the tokenizer {named} that {step} names is no folder here; the Hugging Face folder "
-            "is written without a tokenizer.",
-            file=sys.stderr,
-        )
-    return None
 
 
 def convert(
@@ -163,12 +222,16 @@ def convert(
     pipeline_parallel: int = 1,
     dtype: torch.dtype | None = None,
     *,
+    expert_parallel: int = 1,
     layers_per_stage: Sequence[int] | None = None,
     layers_per_virtual_stage: int | None = None,
     vocab_multiple: int = 1,
     vocab_size: int | None = None,
     family: str | None = None,
     config_from: str | Path | None = None,
+    verify: bool = True,
+    workers: int | None = None,
+    progress: bool = True,
 ) -> None:
     """Convert the checkpoint in `load_dir` to format `to` ("hf", "native", "mcore" or "legacy") in `save_dir`.
 
@@ -178,14 +241,20 @@ def convert(
     a config.json in `load_dir` or `save_dir`), else from the files themselves, with `vocab_size` real rows and the
     Hugging Face spelling of `family`. Written as "hf" into a folder that holds the original model, the result lies in
     its subfolder mg2hf. `dtype` casts the weights (default: as stored). A run's folder that holds steps and an export
-    counts as native. Raises ModelLinkError for what does not exist or cannot be expressed; nothing is left
-    half-written.
+    counts as native.
+
+    The result is verified (unless `verify` is false) and described in its conversion_report.json. `workers` threads
+    (default: one per core, at most four) share the memory of the largest tensor; their number changes no byte. The
+    target appears complete or stays as it was; the same call goes on where an interrupted one stopped. Raises
+    ModelLinkError for what does not exist, is damaged or cannot be expressed, RunFailure when writing fails.
     """
     source, target = Path(load_dir), Path(save_dir)
     if to not in FORMATS:
         raise ModelLinkError(f"the format {to!r} is unknown: give one of {', '.join(FORMATS)}.")
     if not source.is_dir():
         raise ModelLinkError(f"no checkpoint at {source}: give a Hugging Face, Megatron or native checkpoint folder.")
+    if workers is not None and workers < 1:
+        raise ModelLinkError(f"the number of workers is {workers}; it must be at least 1.")
     layout = Layout(
         to,
         tensor_parallel,
@@ -193,44 +262,44 @@ def convert(
         tuple(layers_per_stage) if layers_per_stage else None,
         layers_per_virtual_stage,
         vocab_multiple,
+        expert_parallel,
     )
     if to in ("hf", "native") and layout != Layout(to):
         raise ModelLinkError(
             f"the format {to} loads at every layout: leave out the sizes, which shape Megatron's files."
         )
-    native = holds_native(source)
-    if not native and find_step(source) is not None:
-        stated = Path(config_from) if config_from is not None else None
-        original = stated or next((folder for folder in (source, target) if is_hf_folder(folder)), None)
-        if to == "hf" and is_hf_folder(target):
-            target = target / EXPORT
-        opened = _open_megatron(source, original, family, vocab_size)
-    elif not native and is_hf_folder(source):
-        if to == "hf":
-            raise ModelLinkError(f"{source} already is a Hugging Face folder: copy it, or convert to native.")
-        if to == "native":
-            _check_empty(target)
-            hf_to_native(source, target, dtype)
-            return
-        opened = _open_hf(source)
-    else:
-        if to == "native":
-            raise ModelLinkError(f"{source} already is native: it loads at every layout.")
-        opened = _open_native(source, progress=True)
+    opened, target = _open(source, target, to, family, vocab_size, config_from)
+    job = _Job(opened, target, to, layout, dtype, verify, workers=workers or _cores(), progress=progress)
     if to == "hf":
-        _write_hf(target, opened, dtype)
+        check_replaceable(target)
     elif to == "native":
         _check_empty(target)
-        opened.tensors = _without_padding(opened.tensors, opened.config.vocab_size)
-        _write_native(target, opened, _describe(opened), dtype)
+        job.resolved = (_described_by_hf if opened.kind == "hf" else _described)(opened, target)
     else:
-        options: dict[str, Any] = {"extras": opened.extras, "tokenizer_from": opened.companions, "dtype": dtype}
-        write_megatron(target, opened.tensors, opened.config, layout, **options)
+        check_writable(target)
+        job.layout.check(opened.config)
+    job.run()
 
 
-def _without_padding(tensors: Iterable[tuple[str, Tensor]], rows: int | None) -> Iterable[tuple[str, Tensor]]:
-    for name, tensor in tensors:
-        yield name, tensor[:rows] if name.startswith(("embed_tokens.", "lm_head.")) else tensor
+def _open(
+    source: Path, target: Path, to: str, family: str | None, vocab_size: int | None, config_from: str | Path | None
+) -> tuple[Source, Path]:
+    """The source, and the folder that is really written."""
+    native = holds_native(source)
+    if not native and find_step(source) is not None:
+        opened = open_megatron(source, find_original(config_from, source, target), family, vocab_size)
+        return opened, target / EXPORT if to == "hf" and is_hf_folder(target) else target
+    if not native and is_hf_folder(source):
+        if to == "hf":
+            raise ModelLinkError(f"{source} already is a Hugging Face folder: copy it, or convert to native.")
+        return open_hf(source), target
+    if to == "native":
+        raise ModelLinkError(f"{source} already is native: it loads at every layout.")
+    return open_native(source), target
+
+
+def _cores() -> int:
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 4)
 
 
 def _check_empty(target: Path) -> None:

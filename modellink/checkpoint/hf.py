@@ -214,10 +214,15 @@ class HFWriter:
         """Make the files, as yet without values."""
         self._files.create()
 
-    def write(self, parts: Mapping[str, Tensor]) -> None:
-        """Write all tensors of some groups, without vocabulary padding, and make them durable."""
-        wholes = {self._layout[canonical].name: self._layout[canonical] for canonical in parts}
-        self._files.write(named for whole in wholes.values() for named in whole.assemble(parts))
+    def write(self, groups: Iterable[Mapping[str, Tensor]]) -> None:
+        """Write one group after the other, without vocabulary padding, and make them durable."""
+        self._files.write(self._translated(groups))
+
+    def _translated(self, groups: Iterable[Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for parts in groups:
+            wholes = {self._layout[canonical].name: self._layout[canonical] for canonical in parts}
+            for whole in wholes.values():
+                yield from whole.assemble(parts)
 
     def finish(self, companions: Path | None) -> None:
         """Add the index, configuration, and the files that belong to a model from the folder `companions`."""
@@ -268,8 +273,7 @@ def save_hf(
         dtypes = {name: dtype or tensor.dtype for name, tensor in parts.items()}
         writer = HFWriter(temporary, config, dtypes, extras, max_shard_bytes)
         writer.create()
-        for group in writer.groups:
-            writer.write({name: parts[name].detach().to(dtypes[name]) for name in group})
+        writer.write({name: parts[name].detach().to(dtypes[name]) for name in group} for group in writer.groups)
         writer.finish(source)
         sync_folder(temporary)
         replace_folder(temporary, target)

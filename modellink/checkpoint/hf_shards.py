@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,16 +100,17 @@ class ShardFiles:
                 handle.write(header)
                 handle.truncate(size)
 
-    def write(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
+    def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Put tensors into their places and make them durable."""
         opened: dict[str, int] = {}
         try:
-            for name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
+            for name, tensor in tensors:
                 place = self.places[name]
                 assert (tuple(tensor.shape), tensor.dtype) == place.entry[1:], f"{name} is not what was announced"
                 if place.file not in opened:
                     opened[place.file] = os.open(self.folder / place.file, os.O_WRONLY)
                 write_at(opened[place.file], tensor, place.offset)
+                del tensor  # the next one is made before this name would let go of it
             for descriptor in opened.values():
                 os.fsync(descriptor)
         finally:

@@ -2,7 +2,8 @@
 
 PyTorch's checkpoint format keeps its index, ``.metadata``, as a pickle, and its stock reader unpickles it freely. Here
 the index goes through an unpickler that builds nothing but the index's own record types, the shards through
-``torch.load(weights_only=True)``, and an index that points outside the folder or holds anything but tensors is refused.
+``torch.load(weights_only=True)`` or the equally strict reader of `megatron_files`, and an index that points outside the
+folder or holds anything but tensors is refused.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from __future__ import annotations
 import contextlib
 import enum
 import importlib
-import io
+import os
 import pickle
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     Metadata,
     MetadataIndex,
@@ -32,6 +34,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.tensor import DTensor
 
 from modellink import device
+from modellink.checkpoint.megatron_files import FileTensor, read_torch_file
 from modellink.errors import ModelLinkError, RunFailure
 
 INDEX = ".metadata"
@@ -201,28 +204,85 @@ def read_shards(step: Path, tensors: Mapping[str, torch.Tensor], group: dist.Pro
         )
 
 
+@dataclass(frozen=True)
+class Written:
+    """Where `write_shard` put one whole tensor: length bytes from offset of a file of the step."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    file: str
+    offset: int
+    length: int
+
+
+def write_shard(path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> list[Written]:
+    """Write one file of a step from whole CPU tensors, one in memory at a time, synced; the index comes later."""
+    written = []
+    with open(path, "wb") as handle:
+        for name, tensor in tensors:
+            offset = handle.tell()
+            if tensor.untyped_storage().nbytes() != tensor.nbytes or not tensor.is_contiguous():
+                tensor = tensor.clone(memory_format=torch.contiguous_format)  # torch.save stores all of a storage
+            torch.save(tensor.detach(), handle)
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            written.append(Written(name, tuple(tensor.shape), dtype, path.name, offset, handle.tell() - offset))
+        handle.flush()
+        os.fsync(handle.fileno())
+    return written
+
+
+def write_index(step: Path, written: Iterable[Written]) -> None:
+    """Write the index of the files that `write_shard` wrote, in the order of `written`."""
+    places = {each.name: each for each in written}
+    planner = DefaultSavePlanner()
+    state = {
+        name: torch.empty(each.shape, dtype=getattr(torch, each.dtype), device="meta") for name, each in places.items()
+    }
+    planner.set_up_planner(state, StorageMeta(), is_coordinator=True)
+    plan, index = planner.create_global_plan([planner.create_local_plan()])
+    index.storage_data = {
+        item.index: _StorageInfo(
+            places[item.index.fqn].file, places[item.index.fqn].offset, places[item.index.fqn].length
+        )
+        for item in plan[0].items
+    }
+    index.storage_meta = StorageMeta()
+    with open(step / INDEX, "wb") as handle:
+        pickle.dump(index, handle)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
 def _read_chunk(step: Path, place: Any) -> torch.Tensor:
-    with open(step / place.relative_path, "rb") as handle:
-        handle.seek(place.offset)
-        content = io.BytesIO(handle.read(place.length))
+    """The tensor at `place`, backed by the file's own pages where it lies at a multiple of its element size."""
     try:
-        return torch.load(content, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ModelLinkError(
-            f"the shard {place.relative_path} in {step} is refused: {str(error).splitlines()[0]}; use another step."
-        ) from error
+        stored = read_torch_file(step / place.relative_path, place.offset, place.length)
+    except ModelLinkError as error:
+        raise ModelLinkError(f"the shard {place.relative_path} in {step} is refused: {error}") from error
+    if not isinstance(stored, FileTensor):
+        raise ModelLinkError(f"the shard {place.relative_path} in {step} is refused: it holds more than tensors.")
+    return stored.read()
 
 
-def iterate_tensors(step: Path, names: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+def iterate_tensors(
+    step: Path, names: Collection[str] | None = None, index: Metadata | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, whole CPU tensor) one by one, in the index's order or that of `names`; needs no process group."""
-    index = read_index(step)
+    index = index or read_index(step)
     storage: dict[MetadataIndex, Any] = index.storage_data
     for name in index.state_dict_metadata if names is None else names:
         entry = index.state_dict_metadata.get(name)
         if not isinstance(entry, TensorStorageMetadata):
             raise ModelLinkError(f"the checkpoint {step} holds no tensor {name!r}.")
-        whole = torch.empty(entry.size, dtype=entry.properties.dtype)
-        for chunk in entry.chunks:
-            region = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
-            whole[region].copy_(_read_chunk(step, storage[MetadataIndex(name, chunk.offsets)]))
+        places = [storage[MetadataIndex(name, chunk.offsets)] for chunk in entry.chunks]
+        if len(places) == 1:
+            whole = _read_chunk(step, places[0])
+            if whole.shape != entry.size or whole.dtype != entry.properties.dtype:
+                raise ModelLinkError(f"the checkpoint {step} is refused: {name!r} is not what its index says.")
+        else:
+            whole = torch.empty(entry.size, dtype=entry.properties.dtype)
+            for chunk, place in zip(entry.chunks, places, strict=True):
+                region = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
+                whole[region].copy_(_read_chunk(step, place))
         yield name, whole

@@ -102,17 +102,24 @@ def load_full(
     `path` is a step folder or a folder of steps (then the newest complete one); `names` selects, in its own order. With
     `verify` the SHA-256 sums are checked first. Raises ModelLinkError for a damaged step or an unknown name.
     """
+    yield from iterate_tensors(sound_step(path, verify=verify), names)
+
+
+def sound_step(path: str | os.PathLike[str], *, verify: bool = True) -> Path:
+    """The step folder that `path` is, or the newest complete one in it, without a process group.
+
+    With `verify` the SHA-256 sums are checked. Raises ModelLinkError when there is none or it is damaged.
+    """
     step = Path(path)
-    if is_native_step(step):
-        try:
-            manifest = check_sizes(step)
-            if verify:
-                check_hashes(step, manifest.files.items())
-        except DamagedStep as damage:
-            raise ModelLinkError(f"checkpoint {step} is damaged: {damage}; use another step.") from damage
-    else:
-        step = CheckpointStore(step, local=True).resolve(verify=verify)
-    yield from iterate_tensors(step, names)
+    if not is_native_step(step):
+        return CheckpointStore(step, local=True).resolve(verify=verify)
+    try:
+        manifest = check_sizes(step)
+        if verify:
+            check_hashes(step, manifest.files.items())
+    except DamagedStep as damage:
+        raise ModelLinkError(f"checkpoint {step} is damaged: {damage}; use another step.") from damage
+    return step
 
 
 @dataclass(frozen=True)
