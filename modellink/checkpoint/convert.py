@@ -1,10 +1,11 @@
 """Whole-folder conversion between Hugging Face, Megatron's and native checkpoints, tensor by tensor.
 
-Nothing is computed: names are mapped, rows of vocabulary padding come or go, bytes are copied. A source (`source`)
-yields any of its tensors under canonical names; a sink (`sinks`) is a folder of parts that each need some of them; the
-pump moves them on several threads in the memory of the largest; the work folder (`work`) holds the target until it is
-complete, and survives an interruption; `verify` reads it back and compares logits before it takes the target's name.
-Tokenizer, model code and the keys of config.json that no option holds travel with the weights.
+Nothing is computed but the sum of weights and an adapter (`lora`): names are mapped, rows of vocabulary padding come or
+go, bytes are copied. A source (`source`) yields any of its tensors under canonical names; a sink (`sinks`) is a folder
+of parts that each need some of them; the pump moves them on several threads in the memory of the largest; the work
+folder (`work`) holds the target until it is complete, and survives an interruption; `verify` reads it back and compares
+logits before it takes the target's name. Tokenizer, model code and the keys of config.json that no option holds travel
+with the weights.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 import modellink
 from modellink.checkpoint import verify as verification
 from modellink.checkpoint.hf import check_replaceable, is_hf_folder
+from modellink.checkpoint.lora import Adapter, Merge, open_adapter
 from modellink.checkpoint.megatron import Layout, check_writable, find_step
 from modellink.checkpoint.pump import Pump, Sink, digests
 from modellink.checkpoint.sinks import HFSink, MegatronSink, NativeSink
@@ -163,6 +165,7 @@ class _Job:
         return {
             "modellink": modellink.__version__,
             "source": {"path": str(self.source.folder.absolute()), "format": self.source.kind},
+            "merged": [str(change) for change in self.source.changes],
             "target": {"path": str(self.target.absolute()), "format": self.to, "layout": layout},
             "dtypes": sorted(kinds),
             "tensors": len(sent),
@@ -229,6 +232,10 @@ def convert(
     vocab_size: int | None = None,
     family: str | None = None,
     config_from: str | Path | None = None,
+    lora_load: str | Path | None = None,
+    lora_r: int | None = None,
+    lora_alpha: float | None = None,
+    lora_target_modules: Sequence[str] | None = None,
     verify: bool = True,
     workers: int | None = None,
     progress: bool = True,
@@ -243,9 +250,11 @@ def convert(
     its subfolder mg2hf. `dtype` casts the weights (default: as stored). A run's folder that holds steps and an export
     counts as native.
 
-    The result is verified (unless `verify` is false) and described in its conversion_report.json. `workers` threads
-    (default: one per core, at most four) share the memory of the largest tensor; their number changes no byte. The
-    target appears complete or stays as it was; the same call goes on where an interrupted one stopped. Raises
+    The LoRA adapter in the folder `lora_load`, of PEFT or of Megatron, is merged into the weights, and then the format
+    may stay the same; its rank, alpha and target modules are what its files say, or the arguments where they say
+    nothing. The result is verified (unless `verify` is false) and described in its conversion_report.json. `workers`
+    threads (default: one per core, at most four) share the memory of the largest tensor; their number changes no byte.
+    The target appears complete or stays as it was; the same call goes on where an interrupted one stopped. Raises
     ModelLinkError for what does not exist, is damaged or cannot be expressed, RunFailure when writing fails.
     """
     source, target = Path(load_dir), Path(save_dir)
@@ -268,7 +277,12 @@ def convert(
         raise ModelLinkError(
             f"the format {to} loads at every layout: leave out the sizes, which shape Megatron's files."
         )
-    opened, target = _open(source, target, to, family, vocab_size, config_from)
+    adapter = None
+    if lora_load is not None:
+        adapter = open_adapter(lora_load, rank=lora_r, alpha=lora_alpha, targets=lora_target_modules)
+    opened, target = _open(source, target, to, family, vocab_size, config_from, adapter)
+    if adapter is not None:
+        opened.changes.append(Merge(opened.config, adapter, dtype))
     job = _Job(opened, target, to, layout, dtype, verify, workers=workers or _cores(), progress=progress)
     if to == "hf":
         check_replaceable(target)
@@ -282,18 +296,24 @@ def convert(
 
 
 def _open(
-    source: Path, target: Path, to: str, family: str | None, vocab_size: int | None, config_from: str | Path | None
+    source: Path,
+    target: Path,
+    to: str,
+    family: str | None,
+    vocab_size: int | None,
+    config_from: str | Path | None,
+    adapter: Adapter | None,
 ) -> tuple[Source, Path]:
     """The source, and the folder that is really written."""
     native = holds_native(source)
     if not native and find_step(source) is not None:
-        opened = open_megatron(source, find_original(config_from, source, target), family, vocab_size)
+        opened = open_megatron(source, find_original(config_from, source, target), family, vocab_size, adapter)
         return opened, target / EXPORT if to == "hf" and is_hf_folder(target) else target
     if not native and is_hf_folder(source):
-        if to == "hf":
+        if to == "hf" and adapter is None:
             raise ModelLinkError(f"{source} already is a Hugging Face folder: copy it, or convert to native.")
         return open_hf(source), target
-    if to == "native":
+    if to == "native" and adapter is None:
         raise ModelLinkError(f"{source} already is native: it loads at every layout.")
     return open_native(source), target
 

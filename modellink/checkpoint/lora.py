@@ -19,6 +19,7 @@ from modellink.checkpoint.lora_megatron import AdaptedFolder, MegatronAdapter
 from modellink.checkpoint.lora_parts import Adapter
 from modellink.checkpoint.lora_peft import PEFT_CONFIG, PeftAdapter
 from modellink.checkpoint.megatron import find_step
+from modellink.checkpoint.work import fingerprint
 from modellink.config.schema import ModelConfig
 from modellink.errors import ModelLinkError
 
@@ -54,6 +55,14 @@ class Merge:
     def __init__(self, config: ModelConfig, adapter: Adapter, dtype: torch.dtype | None = None) -> None:
         self.changes = adapter.changes(config)
         self._config, self._adapter, self._dtype = config, adapter, dtype
+
+    def __str__(self) -> str:
+        return str(self._adapter.folder.absolute())
+
+    def __repr__(self) -> str:
+        """Equal for equal results: a conversion that goes on tells by it that the adapter is the same."""
+        scales = {name: [change.scale for change in kinds.values()] for name, kinds in self.changes.items()}
+        return f"{self} {fingerprint(self._adapter.folder, deep=True)} {self._dtype} {scales}"
 
     def __call__(self, canonical: str, base: Tensor) -> Tensor:
         """The merged tensor, or `base` itself where the adapter changes nothing.

@@ -27,7 +27,7 @@ from modellink.checkpoint.hf import (
     read_extras,
     without_padding,
 )
-from modellink.checkpoint.megatron import MegatronFolder
+from modellink.checkpoint.lora import AdaptedFolder, Adapter
 from modellink.checkpoint.shards import iterate_tensors, read_index
 from modellink.checkpoint.store import EXTRA, read_tensor_names, sound_step
 from modellink.config.architecture import read_native
@@ -111,9 +111,20 @@ def open_native(path: Path, *, verify: bool = True) -> Source:
     return Source("native", step, config, groups, fetch, extras, _tokenizer_folder(step))
 
 
-def open_megatron(path: Path, original: Path | None, family: str | None, vocab_size: int | None) -> Source:
-    """A Megatron folder; `original`, a Hugging Face folder, says the architecture better than the files do."""
-    folder = MegatronFolder(path)
+def open_megatron(
+    path: Path,
+    original: Path | None,
+    family: str | None,
+    vocab_size: int | None,
+    adapter: Adapter | None = None,
+) -> Source:
+    """A Megatron folder; `original`, a Hugging Face folder, says the architecture better than the files do.
+
+    It may hold the `adapter` that will be merged, and no other.
+    """
+    folder = AdaptedFolder(path)
+    if folder.pairs and (adapter is None or adapter.folder.resolve() != path.resolve()):
+        raise ModelLinkError(f"{path} holds LoRA adapters beside its weights: give --lora-load {path} to merge them.")
     config = folder.config(family) if original is None else read_config(original)
     config.vocab_size = config.padded_vocab_size = vocab_size or config.vocab_size
     extras = folder.extras if original is None else read_extras(original)

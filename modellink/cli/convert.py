@@ -26,8 +26,10 @@ FORMATS = {
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 USED = (
     *("load_dir", "save_dir", "load_model_type", "save_model_type", "loader", "saver", "params_dtype"),
-    *("model_type_hf", "config_from", "true_vocab_size", "load_from_legacy"),
+    *("model_type_hf", "config_from", "true_vocab_size", "load_from_legacy", "lora_load"),
 )
+# These describe the adapter that --lora-load names.
+LORA = ("lora_r", "lora_alpha", "lora_target_modules")
 # These shape Megatron's files.
 LAYOUT = ("tensor_parallel", "pipeline_parallel", "layers_per_stage", "layers_per_virtual_stage", "vocab_multiple")
 DIALECT = ("use_mcore_models", "save_to_legacy")
@@ -43,8 +45,11 @@ def run(argv: Sequence[str]) -> int:
     config: ConvertConfig = load_section(argv, "convert")
     if not config.load_dir or not config.save_dir:
         raise ModelLinkError("convert needs --load-dir FOLDER and --save-dir FOLDER.")
-    if config.lora_load:
-        raise ModelLinkError("--lora-load is refused: merging adapters is not built yet.")
+    given = [f"--{name.replace('_', '-')}" for name in LORA if getattr(config, name) is not None]
+    if given and not config.lora_load:
+        raise ModelLinkError(
+            f"{', '.join(given)} without --lora-load FOLDER: give the adapter to merge, or leave it out."
+        )
     if config.expert_parallel != 1:
         raise ModelLinkError("--target-expert-parallel-size is refused: Megatron's files of experts are not built yet.")
     target = _format(config.save_model_type or config.saver, "--save-model-type")
@@ -54,7 +59,7 @@ def run(argv: Sequence[str]) -> int:
     if target == "mg":
         target = "mcore" if config.use_mcore_models and not config.save_to_legacy else "legacy"
     native = target in ("hf", "native")
-    read = (*USED, *DESCRIBED) if native else (*USED, *DESCRIBED, *DIALECT, *LAYOUT)
+    read = (*USED, *DESCRIBED, *LORA) if native else (*USED, *DESCRIBED, *LORA, *DIALECT, *LAYOUT)
     idle = [
         "--" + option.name.replace("_", "-")
         for option in dataclasses.fields(config)
@@ -78,6 +83,8 @@ def run(argv: Sequence[str]) -> int:
         vocab_size=config.true_vocab_size,
         family=config.model_type_hf,
         config_from=config.config_from,
+        lora_load=config.lora_load,
+        **{name: getattr(config, name) for name in LORA},
         **layout,
     )
     print(f"{config.save_dir}: written in the format {target}")
