@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 _WORDS = 1 << 16  # of a block: 512 KiB, which stay in a core's cache
-_PIECE = 16 << 20  # bytes of rows that are made contiguous, or written, at a time
+_PIECE = 4 << 20  # bytes of rows that are made contiguous, or written, at a time
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -33,7 +33,7 @@ def digest(tensor: Tensor) -> str:
     """Hexadecimal digest of a CPU tensor: its dtype, its shape and its values in row-major order, however it lies."""
     found = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
     multipliers = _multipliers()
-    for bytes_N in _pieces(tensor):
+    for bytes_N in byte_pieces(tensor):
         whole = bytes_N.numel() // 8 * 8
         words_N = _words(bytes_N[:whole])
         sums = [torch.dot(block, multipliers[: block.numel()]) for block in words_N.split(_WORDS)]
@@ -54,7 +54,7 @@ def map_tensor(file: Path, start: int, shape: Sequence[int], dtype: torch.dtype)
 
 def write_at(descriptor: int, tensor: Tensor, offset: int) -> int:
     """Write the values of a CPU tensor, in row-major order, at `offset` of an open file; return where they end."""
-    for bytes_N in _pieces(tensor):
+    for bytes_N in byte_pieces(tensor):
         content = bytes_N.numpy().data
         while content:
             written = os.pwrite(descriptor, content, offset)
@@ -62,7 +62,7 @@ def write_at(descriptor: int, tensor: Tensor, offset: int) -> int:
     return offset
 
 
-def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+def byte_pieces(tensor: Tensor) -> Iterator[Tensor]:
     """The bytes of a tensor in row-major order, some rows at a time: a copy of a strided tensor is never whole."""
     tensor = tensor.detach()
     rows = tensor.reshape(1) if tensor.dim() == 0 else tensor

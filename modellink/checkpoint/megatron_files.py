@@ -25,6 +25,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from modellink.checkpoint.digest import byte_pieces
 from modellink.errors import ModelLinkError
 
 _FLOATS = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16}
@@ -248,7 +249,7 @@ class TorchFileWriter:
         storage = _Storage(dtype, str(self._count), math.prod(shape))
         self._count += 1
         strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-        flat = (piece.detach().contiguous().flatten().view(torch.uint8).numpy() for piece in pieces)
+        flat = (bytes_N.numpy() for piece in pieces for bytes_N in byte_pieces(piece))
         start = self._write(f"data/{storage.key}", storage.numel * dtype.itemsize, flat)
         return FileTensor(self.file, start, storage, 0, shape, tuple(strides))
 

@@ -212,18 +212,23 @@ def flattened(model: Mapping[str, object], prefix: str = "") -> dict[str, object
 
 def cut(row: Row, parts: Sequence[Tensor], rank: int, ranks: int, config: ModelConfig) -> Tensor:
     """What tensor-parallel rank `rank` of `ranks` holds of the full tensors `parts`, in the order of `row.ours`."""
+    pieces = cut_pieces(row, parts, rank, ranks, config)
+    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+
+def cut_pieces(row: Row, parts: Sequence[Tensor], rank: int, ranks: int, config: ModelConfig) -> list[Tensor]:
+    """The same as views of `parts`, whose rows follow one another."""
     if row.cut == "whole" or (row.cut == "columns" and parts[0].dim() == 1):
-        return parts[0]
+        return [parts[0]]
     if row.cut == "columns":
-        return parts[0].chunk(ranks, dim=1)[rank]
+        return [parts[0].chunk(ranks, dim=1)[rank]]
     if row.cut == "stack":
-        return torch.cat(list(parts))
+        return list(parts)
     shares = [part.chunk(ranks)[rank] for part in parts]
     if row.cut == "qkv":
         groups = (config.num_key_value_heads or 1) // ranks
-        rest = parts[0].shape[1:]
-        return torch.cat([share.reshape(groups, -1, *rest) for share in shares], dim=1).reshape(-1, *rest)
-    return torch.cat(shares) if len(shares) > 1 else shares[0]
+        return [piece for group in zip(*(share.chunk(groups) for share in shares), strict=True) for piece in group]
+    return shares
 
 
 def join(row: Row, shares: Sequence[Tensor], config: ModelConfig) -> list[Tensor]:

@@ -25,7 +25,18 @@ from modellink.checkpoint.hf import copy_companions, expected_shapes
 from modellink.checkpoint.megatron_args import unsaid, write_arguments
 from modellink.checkpoint.megatron_files import TorchFileWriter
 from modellink.checkpoint.megatron_layout import FILE, STEP, TRACKER, Layout, Rank, find_step
-from modellink.checkpoint.megatron_names import LEGACY, MCORE, NUMBER, TIED_HEAD, Place, Row, cut, find_place, nested
+from modellink.checkpoint.megatron_names import (
+    LEGACY,
+    MCORE,
+    NUMBER,
+    TIED_HEAD,
+    Place,
+    Row,
+    cut,
+    cut_pieces,
+    find_place,
+    nested,
+)
 from modellink.config.schema import ModelConfig
 from modellink.errors import ModelLinkError
 from modellink.files import atomic_write, fsync_directory
@@ -91,10 +102,10 @@ class _Step:
     def _write(self, stage: int, chunk: int, name: str, row: Row, parts: list[Tensor]) -> None:
         for tensor in range(self.layout.tensor_parallel):
             ranks = list(self._ranks(stage, tensor))
-            if ranks:
-                piece = cut(row, parts, tensor, self.layout.tensor_parallel, self.config)
+            pieces = cut_pieces(row, parts, tensor, self.layout.tensor_parallel, self.config)
+            shape = (sum(map(len, pieces)), *pieces[0].shape[1:])
             for rank in ranks:
-                self._note(rank, chunk, name, row, self.files[rank].add(piece))
+                self._note(rank, chunk, name, row, self.files[rank].add_pieces(shape, pieces[0].dtype, pieces))
 
     def _write_experts(self, stage: int, chunk: int, name: str, place: Place, parts: list[Tensor]) -> None:
         """Each expert-parallel rank takes the next of the stacked experts."""
@@ -260,6 +271,7 @@ def write_stages(
             missing.discard(name)
             written = dtype or tensor.dtype
             files.take(name, tensor.to(written))
+            del tensor  # the next one is made before this name would let go of it
         if missing:
             raise ModelLinkError(f"{len(missing)} tensors never came, the first is {min(missing)!r}.")
         files.finish(extras, written)

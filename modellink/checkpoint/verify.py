@@ -30,7 +30,7 @@ from modellink.errors import RunFailure
 from modellink.models.decoder import Decoder
 from modellink.models.layers import NormalizedLinear
 
-PROMPT_LENGTH = 16
+PROMPT_LENGTH = 8
 TOLERANCE = 1e-4  # of the largest logit: the same numbers go through the same operations
 _ROWS = 2 << 20  # bytes of fp32 that a matrix is cast to at a time
 
