@@ -67,7 +67,7 @@ def load_hf(model: Decoder, folder: str | Path, *, progress: bool = True, check_
     ModelLinkError, before anything is written, for missing, surplus or misshapen tensors and damaged files; with
     `check_finite` also, while reading, for NaN and infinity.
     """
-    weights = HFWeights(folder, FAMILIES.get(model.config.family).prefix)
+    weights = _open(folder, model.config)
     shapes = expected_shapes(model.config)
     layout = _check_folder(weights, model.config, shapes)
     parameters = list(model.named_parameters())
@@ -88,7 +88,7 @@ class HFReader:
     """
 
     def __init__(self, folder: str | Path, config: ModelConfig) -> None:
-        self._weights = HFWeights(folder, FAMILIES.get(config.family).prefix)
+        self._weights = _open(folder, config)
         self._shapes = expected_shapes(config)
         self._layout = _check_folder(self._weights, config, self._shapes)
         self.dtypes = {name: self._weights[whole.names[0]].dtype for name, whole in self._layout.items()}
@@ -113,6 +113,11 @@ def read_hf(folder: str | Path, config: ModelConfig, *, progress: bool = True) -
     """
     reader = HFReader(folder, config)
     yield from track(reader.read(), "Reading weights", total=len(reader.dtypes), disable=not progress)
+
+
+def _open(folder: str | Path, config: ModelConfig) -> HFWeights:
+    family = FAMILIES.get(config.family)
+    return HFWeights(folder, family.prefix, family.inner)
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

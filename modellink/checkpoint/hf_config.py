@@ -37,7 +37,7 @@ def is_hf_folder(path: str | Path) -> bool:
 def family_of(folder: str | Path) -> str:
     """Name of the family of a Hugging Face folder, from `architectures`, else from `model_type`."""
     path = Path(folder) / CONFIG_NAME
-    return _family(_read_json(path), path).name
+    return _family(_read_json(path), path)[0].name
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -46,8 +46,8 @@ def read_config(folder: str | Path) -> ModelConfig:
     Raises ModelLinkError naming file, key and value where a key that matters is missing, unknown or not implemented.
     """
     path = Path(folder) / CONFIG_NAME
-    content = _read_json(path)
-    return _family(content, path).read(content, str(path))
+    family, content = _family(_read_json(path), path)
+    return family.read(content, str(path))
 
 
 def read_extras(folder: str | Path) -> dict[str, Any]:
@@ -83,15 +83,27 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _family(content: dict[str, Any], path: Path) -> Family:
+def _family(content: dict[str, Any], path: Path) -> tuple[Family, dict[str, Any]]:
+    """The family's row, and the part of the content that is meant for it."""
     architectures = content.get("architectures") or []
     model_type = content.get("model_type")
     rows = all_families()
     for row in rows:
         if set(row.architectures) & set(architectures) or (not architectures and row.model_type == model_type):
-            return row
+            return row, content
+        if set(row.wrappers) & set(architectures):
+            return row, _text_part(content, path)
     known = [row.architecture for row in rows]
     name = architectures[0] if architectures else model_type
     raise ModelLinkError(
         f"{path}: the architecture {name!r} is not supported.{suggest(str(name), known)} Supported: {', '.join(known)}."
     )
+
+
+def _text_part(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """text_config, with what the file says outside of it about all parts."""
+    text = content.get("text_config")
+    if not isinstance(text, dict):
+        raise ModelLinkError(f"{path}: text_config = {text!r} should be an object; fetch the file again.")
+    outside = ("quantization_config", "tie_word_embeddings")
+    return {name: content[name] for name in outside if name in content} | text

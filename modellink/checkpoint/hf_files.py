@@ -12,7 +12,7 @@ import functools
 import json
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,9 +69,11 @@ class HFWeights:
     """All tensors of one folder. Raises ModelLinkError for files that are missing, damaged or of an unknown kind.
 
     Files of a model saved without its head leave out the `prefix` that all other names have; here it is always there.
+    Files of a model of several parts hold the one of interest under names that begin as `inner` says (there, here); the
+    others are left out.
     """
 
-    def __init__(self, folder: str | Path, prefix: str = "") -> None:
+    def __init__(self, folder: str | Path, prefix: str = "", inner: Sequence[tuple[str, str]] = ()) -> None:
         self.folder = Path(folder)
         self._tensors: dict[str, StoredTensor] = {}
         files, index = self._files()
@@ -90,6 +92,13 @@ class HFWeights:
                 )
         if not any(name.startswith(prefix) for name in self._tensors):
             self._tensors = {prefix + name: tensor for name, tensor in self._tensors.items()}
+        renamed = {
+            here + name.removeprefix(there): tensor
+            for name, tensor in self._tensors.items()
+            for there, here in inner
+            if name.startswith(there)
+        }
+        self._tensors = renamed or self._tensors
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

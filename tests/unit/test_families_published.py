@@ -308,13 +308,17 @@ PUBLISHED: list[tuple[str, int, dict[str, Any]]] = [
         },
     ),
     (
-        "gemma-3-4b text",
+        "gemma-3-4b",
         3_880_263_168,
         {
-            **{"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "hidden_size": 2560},
-            **{"intermediate_size": 10240, "num_hidden_layers": 34, "num_attention_heads": 8, "vocab_size": 262208},
-            **{"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024},
-            **{"max_position_embeddings": 131072},
+            **{"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "eos_token_id": [1, 106]},
+            **{"boi_token_index": 255999, "image_token_index": 262144, "mm_tokens_per_image": 256},
+            "text_config": {
+                **{"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text"},
+                **{"num_hidden_layers": 34, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}},
+                "sliding_window": 1024,
+            },
+            "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model", "num_hidden_layers": 27},
         },
     ),
 ]
@@ -402,7 +406,8 @@ def test_which_baichuan_it_is(tmp_path: Path) -> None:
         ("grok-1", {"attn_output_multiplier": 0}, "attn_output_multiplier = 0 should be a number above 0"),
         ("gemma-3-1b", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not a key"),
         ("gemma-3-1b", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True is not a key"),
-        ("gemma-3-1b", {"architectures": ["Gemma3ForConditionalGeneration"]}, "Did you mean 'Gemma3ForCausalLM'?"),
+        ("gemma-3-4b", {"text_config": None}, "text_config = None should be an object"),
+        ("gemma-3-4b", {"quantization_config": {"quant_method": "awq"}}, "load it dequantised in transformers"),
     ],
 )
 def test_what_is_not_implemented_is_said(name: str, change: dict[str, Any], sentence: str, tmp_path: Path) -> None:

@@ -271,6 +271,32 @@ def test_layers_that_predict_further_tokens_are_left_out(family: str, tmp_path: 
         ours_from(tmp_path / "source")
 
 
+@pytest.mark.parametrize("spelling", ["language_model.model.", "model.language_model."])
+@torch.no_grad()
+def test_the_text_part_of_a_model_that_sees_images(spelling: str, tmp_path: Path) -> None:
+    """Read alone, and written as a model of its own."""
+    options = next(options for name, _, options in CASES if name == "gemma3")
+    text = peer_of("gemma3", options)
+    sees = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config=text.config, vision_config=sees | {"image_size": 16, "patch_size": 8}, mm_tokens_per_image=4
+    )
+    peer = transformers.Gemma3ForConditionalGeneration(config).eval()
+    peer.model.language_model.load_state_dict(text.model.state_dict())
+    peer.save_pretrained(tmp_path / "source")
+    file = tmp_path / "source" / "model.safetensors"
+    state = load_file(file)
+    assert any(name.startswith("language_model.model.") for name in state)
+    state = {name.replace("language_model.model.", spelling): value for name, value in state.items()}
+    save_file(state, file, metadata={"format": "pt"})
+    model = ours_from(tmp_path / "source")
+    torch.testing.assert_close(model(tokens()), text(tokens()).logits, atol=1e-4, rtol=0)
+    save_hf(tmp_path / "target", model.named_parameters(), model.config, tokenizer_from=tmp_path / "source")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "target").eval()
+    assert isinstance(again, transformers.Gemma3ForCausalLM)
+    assert torch.equal(again(tokens()).logits, text(tokens()).logits)
+
+
 def test_one_router_in_two_spellings() -> None:
     """A softmax over the chosen logits is a softmax over all, divided by the sum of the chosen."""
     mixtral = FAMILIES.get("mixtral")

@@ -100,7 +100,10 @@ class Family:
     rows in the order of the table. `grouped` ends the names whose rows alternate for every key/value head,
     `alternating` those whose rows alternate one by one, `transposed` those whose matrices are stored [in, out].
     Published files may lack `prefix` in all their names. With `extra_layers` they may hold layers after the last one
-    that predict further tokens, which are left out.
+    that predict further tokens, which are left out. `assumed` are keys that the family's code takes for given.
+
+    Models that also see images hold this family as their text part: `wrappers` names their architectures, `inner` how
+    the names of the text part begin there and here. It is read alone and written as a model of its own.
     """
 
     name: str
@@ -118,6 +121,9 @@ class Family:
     other_architectures: tuple[str, ...] = ()
     ignored_tensors: tuple[str, ...] = IGNORED_TENSORS
     extra_layers: bool = False
+    assumed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    wrappers: tuple[str, ...] = ()
+    inner: tuple[tuple[str, str], ...] = ()
 
     @property
     def architectures(self) -> tuple[str, ...]:
@@ -134,7 +140,7 @@ class Family:
         The padded vocabulary is left open: it depends on the layout. Raises ModelLinkError for a key that is missing,
         has a value that is not implemented, or is not known and not cosmetic.
         """
-        keys = Keys(content, where)
+        keys = Keys({**self.assumed, **content}, where)
         _refuse_quantised(keys)
         fields: dict[str, Any] = {"family": self.name, **COMMON, **self.fixed}
         for part in self._parts:

@@ -110,7 +110,7 @@ def _write_rotations(config: ModelConfig) -> dict[str, Any]:
 GEMMA3 = add(
     Family(
         name="gemma3",
-        covers="Gemma-3 270M and 1B; of 4B, 12B and 27B the text part, saved on its own",
+        covers="Gemma-3 270M and 1B; the text part of 4B, 12B and 27B",
         architecture="Gemma3ForCausalLM",
         model_type="gemma3_text",
         keys=(
@@ -123,5 +123,12 @@ GEMMA3 = add(
         groups=(Group(_read_rotations, _write_rotations), window_group(4096, "periodic")),
         fixed=FIXED | {"sandwich_norm": True, "qk_norm": True},
         names=NAMES,
+        assumed={"num_attention_heads": 8, "max_position_embeddings": 131072, "vocab_size": 262208},
+        wrappers=("Gemma3ForConditionalGeneration",),
+        inner=(
+            ("language_model.model.", "model."),
+            ("language_model.lm_head.", "lm_head."),
+            ("model.language_model.", "model."),
+        ),
     )
 )
