@@ -65,6 +65,7 @@ class _Job:
     workers: int = 1
     progress: bool = False
     resolved: ResolvedConfig | None = None
+    adapter: Any = None  # what identifies an adapter that the source's tensors are changed by
 
     def run(self) -> None:
         """Write the target, or leave it as it was."""
@@ -153,7 +154,7 @@ class _Job:
             "config": dataclasses.asdict(source.config),
             "extras": source.extras,
             "companions": str(source.companions.absolute()) if source.companions else None,
-            "changes": [repr(change) for change in source.changes],
+            "adapter": self.adapter,
             "to": [self.to, dataclasses.asdict(self.layout), str(self.dtype), str(self.target.absolute())],
         }
 
@@ -226,6 +227,7 @@ def convert(
     dtype: torch.dtype | None = None,
     *,
     expert_parallel: int = 1,
+    grouped_experts: bool = False,
     layers_per_stage: Sequence[int] | None = None,
     layers_per_virtual_stage: int | None = None,
     vocab_multiple: int = 1,
@@ -242,13 +244,13 @@ def convert(
 ) -> None:
     """Convert the checkpoint in `load_dir` to format `to` ("hf", "native", "mcore" or "legacy") in `save_dir`.
 
-    What `load_dir` holds is found out. The parallel sizes, layers per stage (or per chunk of an interleaved pipeline)
-    and the multiple that pads the vocabulary shape Megatron's files, "mcore" and "legacy"; the other formats load at
-    every layout. Reading Megatron's files, the architecture comes from the Hugging Face folder `config_from` (default:
-    a config.json in `load_dir` or `save_dir`), else from the files themselves, with `vocab_size` real rows and the
-    Hugging Face spelling of `family`. Written as "hf" into a folder that holds the original model, the result lies in
-    its subfolder mg2hf. `dtype` casts the weights (default: as stored). A run's folder that holds steps and an export
-    counts as native.
+    What `load_dir` holds is found out. The parallel sizes, layers per stage (or per chunk of an interleaved pipeline),
+    `grouped_experts` (one tensor for the experts of a rank) and the multiple that pads the vocabulary shape Megatron's
+    files, "mcore" and "legacy"; the other formats load at every layout. Reading Megatron's files, the architecture
+    comes from the Hugging Face folder `config_from` (default: a config.json in `load_dir` or `save_dir`), else from the
+    files themselves, with `vocab_size` real rows and the Hugging Face spelling of `family`. Written as "hf" into a
+    folder that holds the original model, the result lies in its subfolder mg2hf. `dtype` casts the weights (default: as
+    stored). A run's folder that holds steps and an export counts as native.
 
     The LoRA adapter in the folder `lora_load`, of PEFT or of Megatron, is merged into the weights, and then the format
     may stay the same; its rank, alpha and target modules are what its files say, or the arguments where they say
@@ -272,6 +274,7 @@ def convert(
         layers_per_virtual_stage,
         vocab_multiple,
         expert_parallel,
+        grouped_experts,
     )
     if to in ("hf", "native") and layout != Layout(to):
         raise ModelLinkError(
@@ -284,6 +287,9 @@ def convert(
     if adapter is not None:
         opened.changes.append(Merge(opened.config, adapter, dtype))
     job = _Job(opened, target, to, layout, dtype, verify, workers=workers or _cores(), progress=progress)
+    if lora_load is not None:
+        files = fingerprint(Path(lora_load), deep=True)
+        job.adapter = [str(Path(lora_load).absolute()), files, lora_r, lora_alpha, lora_target_modules]
     if to == "hf":
         check_replaceable(target)
     elif to == "native":

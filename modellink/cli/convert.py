@@ -26,12 +26,15 @@ FORMATS = {
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 USED = (
     *("load_dir", "save_dir", "load_model_type", "save_model_type", "loader", "saver", "params_dtype"),
-    *("model_type_hf", "config_from", "true_vocab_size", "load_from_legacy", "lora_load"),
+    *("model_type_hf", "config_from", "true_vocab_size", "load_from_legacy", "lora_load", "verify", "workers"),
 )
 # These describe the adapter that --lora-load names.
 LORA = ("lora_r", "lora_alpha", "lora_target_modules")
 # These shape Megatron's files.
-LAYOUT = ("tensor_parallel", "pipeline_parallel", "layers_per_stage", "layers_per_virtual_stage", "vocab_multiple")
+LAYOUT = (
+    *("tensor_parallel", "pipeline_parallel", "expert_parallel"),
+    *("layers_per_stage", "layers_per_virtual_stage", "vocab_multiple"),
+)
 DIALECT = ("use_mcore_models", "save_to_legacy")
 # These say again what the weights and their configuration say.
 DESCRIBED = (
@@ -50,8 +53,6 @@ def run(argv: Sequence[str]) -> int:
         raise ModelLinkError(
             f"{', '.join(given)} without --lora-load FOLDER: give the adapter to merge, or leave it out."
         )
-    if config.expert_parallel != 1:
-        raise ModelLinkError("--target-expert-parallel-size is refused: Megatron's files of experts are not built yet.")
     target = _format(config.save_model_type or config.saver, "--save-model-type")
     if target is None:
         raise ModelLinkError("--save-model-type is missing: give hf, native, mcore, legacy or mg.")
@@ -75,6 +76,8 @@ def run(argv: Sequence[str]) -> int:
     from modellink.checkpoint.convert import convert
 
     layout: dict[str, Any] = {} if native else {name: getattr(config, name) for name in LAYOUT}
+    if not native:
+        layout["grouped_experts"] = config.moe_grouped_gemm
     convert(
         config.load_dir,
         config.save_dir,
@@ -84,6 +87,8 @@ def run(argv: Sequence[str]) -> int:
         family=config.model_type_hf,
         config_from=config.config_from,
         lora_load=config.lora_load,
+        verify=config.verify,
+        workers=config.workers,
         **{name: getattr(config, name) for name in LORA},
         **layout,
     )

@@ -41,6 +41,12 @@ class ConvertConfig:
     params_dtype: str | None = option(
         None, choices=("fp16", "bf16", "fp32"), help="type of the weights written; default: as they are stored"
     )
+    verify: bool = option(
+        True, help="read the result back, compare every tensor with what was sent, and the logits of a prompt"
+    )
+    workers: int | None = option(
+        None, help="threads that convert; default: one per core, at most 4; the result does not depend on it"
+    )
     vocab_multiple: int = option(1, help="pad the vocabulary to a multiple of this times the tensor-parallel size")
     true_vocab_size: int | None = option(None, help="rows of the embedding that are real")
     vocab_file: str | None = option(None, help="vocabulary file, for its size")
@@ -48,7 +54,7 @@ class ConvertConfig:
     attention_output_bias: bool = option(False, help="the attention output projection has a bias")
     embedding_norm: bool = option(False, help="there is a norm after the embedding")
     sandwich_norm: bool = option(False, help="attention and MLP outputs are normalised too")
-    moe_grouped_gemm: bool = option(False, help="experts are stored as one tensor per projection")
+    moe_grouped_gemm: bool = option(False, help="store the experts of a rank as one tensor per projection")
     w_pack: str = option("False", help="True: write query, key and value as one tensor (Baichuan)")
     lora_load: str | None = option(None, help="adapter merged into the weights")
     lora_r: int | None = option(None, help="rank of the adapter")
