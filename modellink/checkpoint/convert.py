@@ -27,7 +27,7 @@ import modellink
 from modellink.checkpoint import verify as verification
 from modellink.checkpoint.hf import check_replaceable, is_hf_folder
 from modellink.checkpoint.lora import Adapter, Merge, open_adapter
-from modellink.checkpoint.megatron import Layout, check_writable, find_step
+from modellink.checkpoint.megatron import Layout, check_writable, find_step, is_distributed
 from modellink.checkpoint.pump import Pump, Sink, digests
 from modellink.checkpoint.sinks import HFSink, MegatronSink, NativeSink
 from modellink.checkpoint.source import (
@@ -311,7 +311,7 @@ def _open(
     adapter: Adapter | None,
 ) -> tuple[Source, Path]:
     """The source, and the folder that is really written."""
-    native = holds_native(source)
+    native = holds_native(source) and not is_distributed(source)
     if not native and find_step(source) is not None:
         opened = open_megatron(source, find_original(config_from, source, target), family, vocab_size, adapter)
         return opened, target / EXPORT if to == "hf" and is_hf_folder(target) else target

@@ -50,10 +50,12 @@ from modellink.errors import ModelLinkError
 
 __all__ = [
     "Layout",
+    "TRACKER",
     "MegatronFolder",
     "check_layout",
     "check_writable",
     "find_step",
+    "is_distributed",
     "stage_names",
     "write_megatron",
     "write_stages",
