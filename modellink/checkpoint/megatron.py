@@ -49,8 +49,8 @@ from modellink.config.schema import ModelConfig
 from modellink.errors import ModelLinkError
 
 __all__ = [
-    "Layout",
     "TRACKER",
+    "Layout",
     "MegatronFolder",
     "check_layout",
     "check_writable",
