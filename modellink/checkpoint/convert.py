@@ -45,7 +45,8 @@ from modellink.config.resolved import ResolvedConfig
 from modellink.config.schema import Config
 from modellink.errors import ModelLinkError, RunFailure
 
-FORMATS = ("hf", "native", "mcore", "legacy")
+MEGATRON = ("mcore", "legacy")
+FORMATS = ("hf", "native", *MEGATRON)
 EXPORT = "mg2hf"  # where a conversion into the folder of the original Hugging Face model puts its result
 REPORT = "conversion_report.json"
 _TOKENIZER = "tokenizer.tokenizer_name_or_path"
@@ -119,7 +120,7 @@ class _Job:
             text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
             (work.content / REPORT).write_text(text, encoding="utf-8")
         keep = [path.name for path in self.target.iterdir()] if self.target.is_dir() else []
-        work.publish([name for name in keep if self.layout.dialect == self.to and not name.startswith(".")])
+        work.publish([name for name in keep if self.to in MEGATRON and not name.startswith(".")])
 
     def _sink(self, folder: Path, pump: Pump) -> Sink:
         if self.to == "hf":
@@ -162,7 +163,7 @@ class _Job:
         size = pump.size(sent)
         kinds = {str(pump.dtypes[name]).removeprefix("torch.") for name in sent}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        layout = dataclasses.asdict(self.layout) if self.layout.dialect == self.to else None
+        layout = dataclasses.asdict(self.layout) if self.to in MEGATRON else None
         return {
             "modellink": modellink.__version__,
             "source": {"path": str(self.source.folder.absolute()), "format": self.source.kind},
@@ -276,7 +277,7 @@ def convert(
         expert_parallel,
         grouped_experts,
     )
-    if to in ("hf", "native") and layout != Layout(to):
+    if to not in MEGATRON and layout != Layout(to):
         raise ModelLinkError(
             f"the format {to} loads at every layout: leave out the sizes, which shape Megatron's files."
         )

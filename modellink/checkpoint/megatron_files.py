@@ -255,10 +255,11 @@ class TorchFileWriter:
 
     def close(self, content: Any) -> None:
         """Write the pickle and make the file durable."""
-        with self._archive.open(f"{self.file.stem}/data.pkl", "w") as handle:
+        # a ZipInfo made here tells no time: the same content gives the same bytes
+        with self._archive.open(zipfile.ZipInfo(f"{self.file.stem}/data.pkl"), "w") as handle:
             _Writer(handle, protocol=2).dump(content)
         for name, text in (("byteorder", b"little"), ("version", b"3\n")):
-            self._archive.writestr(f"{self.file.stem}/{name}", text)
+            self._archive.writestr(zipfile.ZipInfo(f"{self.file.stem}/{name}"), text)
         self.abandon()
 
     def abandon(self) -> None:

@@ -9,10 +9,12 @@ folder or holds anything but tensors is refused.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import enum
 import importlib
 import os
 import pickle
+import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -234,7 +236,8 @@ def write_shard(path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> list
 
 def write_index(step: Path, written: Iterable[Written]) -> None:
     """Write the index of the files that `write_shard` wrote, in the order of `written`."""
-    places = {each.name: each for each in written}
+    # equal strings become one object, as a pickle shows the difference
+    places = {sys.intern(each.name): dataclasses.replace(each, file=sys.intern(each.file)) for each in written}
     planner = DefaultSavePlanner()
     state = {
         name: torch.empty(each.shape, dtype=getattr(torch, each.dtype), device="meta") for name, each in places.items()
