@@ -246,10 +246,7 @@ _COMM = "the engine schedules communication, and overlaps it with computation wh
 _ONE_DECODER = "there is one decoder for all models"
 _GELU = "not an option of a decoder language model"
 _EP = "it only tunes --expert-model-parallel-size, not built yet"
-_CP, _LORA = (
-    "it only tunes --context-parallel-size, not built yet",
-    "it only shapes --lora-target-modules, not built yet",
-)
+_LORA = "it only shapes --lora-target-modules, not built yet"
 _DPO = "it only tunes --stage dpo, which is not built yet"
 _PROFILE = "it only shapes --profile, which is not built yet"
 
@@ -265,7 +262,7 @@ ACCEPTED: dict[str, list[tuple[str, str]]] = {
             "--no-gradient-accumulation-fusion --shape-order:str --sparse-mode:int --pre-tockens:int "
             "--next-tockens:int "
             "--jit-compile --triangle-attn --triangle-block-size:int --mlp-layer-fusion --use-mc2 --skip-bias-add "
-            "--apply-rope-fusion --cross-entropy-loss-fusion",
+            "--use-fused-ring-attention-update --apply-rope-fusion --cross-entropy-loss-fusion",
         ),
         (
             _FP32,
@@ -337,12 +334,7 @@ ACCEPTED: dict[str, list[tuple[str, str]]] = {
             "--expert-interval:int --moe-train-capacity-factor:float --noisy-gate-policy:str "
             "--enable-token-rearrange-opt --moe-token-dropping --moe-per-layer-logging",
         ),
-        (
-            _CP,
-            "--context-parallel-algo:str --ulysses-degree-in-cp:int --cp-attention-mask-type:str "
-            "--use-cp-send-recv-overlap "
-            "--kv-head-repeat-before-uly-alltoall --use-fused-ring-attention-update",
-        ),
+        ("key/value heads are repeated where ranks outnumber them", "--kv-head-repeat-before-uly-alltoall"),
         (
             _LORA,
             "--lora-r:int --lora-alpha:int --lora-register-forward-hook:strs --lora-fusion --lora-modules-to-save:strs",
@@ -427,12 +419,6 @@ REFUSED: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
             ("",),
         ),
         (f"pairwise data are {NOT_BUILT}; use --stage sft with instruction data", "--is-pairwise-dataset", ()),
-        (
-            f"attention confined to single documents is {NOT_BUILT}; leave it out: documents of a sample see each "
-            "other",
-            "--reset-attention-mask",
-            (),
-        ),
         (
             f"moving activations to host memory is {NOT_BUILT}; use --recompute-granularity full",
             "--swap-attention",

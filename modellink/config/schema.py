@@ -234,6 +234,16 @@ class ParallelConfig:
     tensor_parallel: int = option(1, help="devices that share each matrix")
     pipeline_parallel: int = option(1, help="stages the layers are cut into")
     context_parallel: int = option(1, help="devices that share one sequence")
+    context_parallel_algo: str = option(
+        "ulysses_cp_algo",
+        choices=("ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo", "allgather_cp_algo"),
+        help="how they share it: exchange heads, pass keys round a ring, both, or gather all keys",
+    )
+    ulysses_degree_in_cp: int | None = option(None, help="hybrid: neighbours that exchange heads; the rest are rings")
+    use_cp_send_recv_overlap: bool = option(False, help="ring: keys travel while the last ones are in use")
+    cp_attention_mask_type: str = option(
+        "causal", choices=("causal", "full"), help="full: every position sees all of the sequence"
+    )
     expert_parallel: int = option(1, help="devices that share the experts of a layer")
     sequence_parallel: bool = option(
         False, help="shard activations between blocks along the sequence over the tensor group"
@@ -368,6 +378,9 @@ class DataConfig:
     seq_length: int | None = option(None, help="tokens per sample")
     num_workers: int = option(2, help="batches prepared ahead by a background thread; 0: none")
     dataloader_type: str = option("single", choices=("single", "cyclic"), help="one pass in order, or shuffled epochs")
+    reset_attention_mask: bool = option(
+        False, help="documents of a sample do not see each other (a new one begins after each end-of-document token)"
+    )
     reset_position_ids: bool = option(False, help="restart positions after each end-of-document token")
     eod_mask_loss: bool = option(False, help="no loss on end-of-document tokens")
     prompt_type: str | None = option(None, help="chat template of instruction data")

@@ -170,15 +170,12 @@ def _model(resolved: ResolvedConfig) -> None:
 def _layout(resolved: ResolvedConfig) -> None:
     config = resolved.config
     model, parallel, tensor = config.model, config.parallel, config.parallel.tensor_parallel
-    for path, remedy in (
-        (
-            "parallel.context_parallel",
-            f"shorten the sequence or raise {flag_of('parallel.tensor_parallel')} with --sequence-parallel",
-        ),
-        ("parallel.expert_parallel", f"{flag_of('parallel.tensor_parallel')} and --zero-stage 3 split experts too"),
-    ):
-        if resolved.get(path) > 1:
-            raise ModelLinkError(f"{_given(resolved, path)} is refused: {NOT_BUILT}; {remedy}.")
+    if parallel.expert_parallel > 1:
+        raise ModelLinkError(
+            f"{_given(resolved, 'parallel.expert_parallel')} is refused: {NOT_BUILT}; "
+            f"{flag_of('parallel.tensor_parallel')} and --zero-stage 3 split experts too."
+        )
+    _context(resolved)
     for path, word in (
         ("model.num_attention_heads", "query heads"),
         ("model.num_key_value_heads", "key/value heads"),
@@ -231,6 +228,50 @@ def _layout(resolved: ResolvedConfig) -> None:
     if parallel.recompute_granularity == "selective" and parallel.recompute_method:
         raise ModelLinkError("--recompute-method belongs to --recompute-granularity full: leave it out with selective.")
     assert model.num_layers
+
+
+def _context(resolved: ResolvedConfig) -> None:
+    """A sequence that its ranks can share."""
+    config, parallel, tensor = resolved.config, resolved.config.parallel, resolved.config.parallel.tensor_parallel
+    size, algorithm, degree = parallel.context_parallel, parallel.context_parallel_algo, parallel.ulysses_degree_in_cp
+    given = _given(resolved, "parallel.context_parallel")
+    if algorithm != "hybrid_cp_algo" and degree is not None and size > 1:
+        resolved.warnings.append("--ulysses-degree-in-cp: no effect without --context-parallel-algo hybrid_cp_algo")
+    if size == 1:
+        return
+    if resolved.program != "train":
+        raise ModelLinkError(f"{given} is for training: leave it out of {resolved.program}.")
+    if algorithm == "hybrid_cp_algo" and (degree is None or not 1 < degree < size or size % degree):
+        raise ModelLinkError(
+            f"{given} with --context-parallel-algo hybrid_cp_algo needs --ulysses-degree-in-cp, a divisor of {size} "
+            f"above 1 and below {size}, not {degree}."
+        )
+    exchange = {"ulysses_cp_algo": size, "hybrid_cp_algo": degree or 1}.get(algorithm, 1)
+    rings = size // exchange
+    pieces = exchange if rings == 1 else 2 * rings * exchange
+    length = config.data.pad_to_multiple_of if config.data.variable_seq_lengths else config.data.seq_length
+    path = "data.pad_to_multiple_of" if config.data.variable_seq_lengths else "data.seq_length"
+    if length and length % pieces:
+        raise ModelLinkError(
+            f"{given} cuts a sequence into {pieces} equal pieces, but {_given(resolved, path)} is not divisible by "
+            f"{pieces}: change one."
+        )
+    heads, groups = (config.model.num_attention_heads or 1) // tensor, (config.model.num_key_value_heads or 1) // tensor
+    if heads % exchange or (groups % exchange and exchange % groups):
+        raise ModelLinkError(
+            f"{given} exchanges heads among {exchange} ranks, which {heads} query and {groups} key/value heads of a "
+            "tensor rank do not split over: use --context-parallel-algo megatron_cp_algo."
+        )
+    if parallel.sequence_parallel and config.data.seq_length and config.data.seq_length // size % tensor:
+        raise ModelLinkError(
+            f"--sequence-parallel cuts the {config.data.seq_length // size} positions of a context rank over "
+            f"{tensor} tensor ranks: make {flag_of('data.seq_length')} a multiple of {size * tensor}."
+        )
+    if rings > 1 and algorithm != "allgather_cp_algo" and config.model.attention_dropout:
+        raise ModelLinkError(
+            f"{given} passes keys round a ring, which knows no dropout inside attention: give --attention-dropout 0, "
+            "or --context-parallel-algo ulysses_cp_algo."
+        )
 
 
 def _stages(resolved: ResolvedConfig) -> None:

@@ -51,7 +51,8 @@ class GPTOptions:
         seed: of every shuffle.
         eod_mask_loss: no loss at positions whose input token is `eod`.
         reset_position_ids: positions restart after each `eod`; samples then carry "position_ids".
-        eod: end-of-document id, needed by the two above.
+        reset_attention_mask: samples carry "documents", the number of each token's document.
+        eod: end-of-document id, needed by the three above.
         cache_path: folder of index caches; None puts them beside the data, in `PREFIX/cache/GPTDataset_indices`.
         cache: False builds in memory only.
         tokenizer: any text that names the tokenizer; part of the cache key.
@@ -61,6 +62,7 @@ class GPTOptions:
     seed: int = 1234
     eod_mask_loss: bool = False
     reset_position_ids: bool = False
+    reset_attention_mask: bool = False
     eod: int | None = None
     cache_path: str | None = None
     cache: bool = True
@@ -69,9 +71,9 @@ class GPTOptions:
     def __post_init__(self) -> None:
         if self.sequence_length < 1:
             raise ModelLinkError(f"--seq-length {self.sequence_length} must be at least 1")
-        if (self.eod_mask_loss or self.reset_position_ids) and self.eod is None:
+        if (self.eod_mask_loss or self.reset_position_ids or self.reset_attention_mask) and self.eod is None:
             raise ModelLinkError(
-                "--eod-mask-loss and --reset-position-ids need the end-of-document id; "
+                "--eod-mask-loss, --reset-position-ids and --reset-attention-mask need the end-of-document id; "
                 "give the tokenizer that the data was preprocessed with"
             )
 
@@ -132,7 +134,7 @@ class GPTDataset:
     """One split of one token file as samples of S tokens.
 
     `ds[i]` is {"tokens": int64 [S], "labels": int64 [S], "loss_mask": float32 [S]}, and "position_ids": int64 [S] with
-    `reset_position_ids`; labels are the tokens that follow.
+    `reset_position_ids`, "documents": int64 [S] with `reset_attention_mask`; labels are the tokens that follow.
 
     Args:
         indexed: the token file.
@@ -318,4 +320,8 @@ def as_sample(
         restart = np.zeros(len(tokens), np.int64)
         restart[1:] = np.where(tokens[:-1] == options.eod, place[1:], 0)
         sample["position_ids"] = place - np.maximum.accumulate(restart)
+    if options.reset_attention_mask:
+        ended = np.zeros(len(tokens), np.int64)
+        ended[1:] = tokens[:-1] == options.eod
+        sample["documents"] = ended.cumsum()
     return sample

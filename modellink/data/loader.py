@@ -24,14 +24,15 @@ from modellink.data.blend import Dataset
 from modellink.errors import ModelLinkError
 
 IGNORE_INDEX = -100
+EXTRA = ("position_ids", "documents")  # what a batch may hold besides tokens and labels
 Sample = dict[str, Any]
 Collate = Callable[[Sequence[Sample]], dict[str, torch.Tensor]]
 
 
 def collate_tokens(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
     """Stack samples of equal length: int64 [B, S] "tokens" and "labels", labels without loss being -100, and
-    "position_ids" when the samples carry them."""
-    batch = {k: np.stack([s[k] for s in samples]) for k in ("tokens", "labels", "position_ids") if k in samples[0]}
+    "position_ids" and "documents" when the samples carry them."""
+    batch = {k: np.stack([s[k] for s in samples]) for k in ("tokens", "labels", *EXTRA) if k in samples[0]}
     if "loss_mask" in samples[0]:
         batch["labels"][np.stack([s["loss_mask"] for s in samples]) == 0] = IGNORE_INDEX
     return {key: torch.from_numpy(value) for key, value in batch.items()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,40 +36,69 @@ def alibi_slopes(heads: int) -> Tensor:
     return torch.tensor(slopes, dtype=torch.float32)
 
 
+ALL_HEADS = slice(None)
+
+
 class AttentionMask:
-    """Who may look at whom in one forward pass. Causal; dense masks are built only when a kernel needs one, then kept.
+    """Who may look at whom in one forward pass: causal, within a document, within a window. Dense masks are built only
+    when a kernel needs one, then kept.
 
     query_length S queries are the last of key_length T positions. `first_key` int [B] masks the keys before it (left
-    padding).
+    padding). `documents` int [B, all positions] numbers the documents of a packed sequence: keys of other documents
+    are hidden. `at` gives the mask between any positions, as context parallelism needs it.
     """
 
     def __init__(
-        self, query_length: int, key_length: int, device: torch.device, first_key: Tensor | None = None
+        self,
+        query_length: int,
+        key_length: int,
+        device: torch.device,
+        first_key: Tensor | None = None,
+        documents: Tensor | None = None,
+        causal: bool = True,
     ) -> None:
         self.query_length, self.key_length, self.device, self.first_key = query_length, key_length, device, first_key
+        self.documents, self.causal = documents, causal
+        self._positions: tuple[Tensor, Tensor] | None = None
         self._dense: dict[int | None, Tensor] = {}
+        self.derived: dict[Any, Any] = {}  # what others build from this mask, kept for all layers
+
+    def at(self, queries_S: Tensor, keys_T: Tensor) -> AttentionMask:
+        """The same rules between queries and keys at these positions of the sequence (int64 [S] and [T])."""
+        mask = AttentionMask(len(queries_S), len(keys_T), self.device, self.first_key, self.documents, self.causal)
+        mask._positions = queries_S, keys_T
+        return mask
 
     def is_trivial(self, window: int | None) -> bool:
-        """True when a kernel's own causal rule (or no rule at all, for one query) says the same."""
-        if self.first_key is not None or (window is not None and window < self.key_length):
+        """True when a kernel's own causal rule (or no rule at all) says the same."""
+        if self.first_key is not None or self.documents is not None or self._positions is not None:
             return False
-        return self.query_length in (1, self.key_length)
+        if window is not None and window < self.key_length:
+            return False
+        return not self.causal or self.query_length in (1, self.key_length)
+
+    def positions(self) -> tuple[Tensor, Tensor]:
+        """int64 [S] and [T]: where queries and keys stand in the sequence."""
+        if self._positions is None:
+            key = torch.arange(self.key_length, device=self.device)
+            return key[self.key_length - self.query_length :], key
+        return self._positions
 
     def distances(self) -> Tensor:
         """int [S, T]: how far each key lies behind each query; negative for keys ahead."""
-        key = torch.arange(self.key_length, device=self.device)
-        query = torch.arange(self.key_length - self.query_length, self.key_length, device=self.device)
+        query, key = self.positions()
         return query[:, None] - key[None, :]
 
     def dense(self, window: int | None) -> Tensor:
         """bool [S, T] or [B, 1, S, T]: True where the key may be seen. Rows that see nothing (padding) see self."""
         if window not in self._dense:
-            distance = self.distances()
-            allowed = distance >= 0
+            (query, key), distance = self.positions(), self.distances()
+            allowed = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
             if window is not None:
                 allowed &= distance < window
+            if self.documents is not None:
+                allowed = allowed & (self.documents[:, None, query, None] == self.documents[:, None, None, key])
             if self.first_key is not None:
-                key = torch.arange(self.key_length, device=self.device)
                 real = key >= self.first_key[:, None, None, None]
                 allowed = (allowed & real) | (distance == 0)  # softmax over nothing would be NaN
             self._dense[window] = allowed
@@ -80,6 +110,7 @@ class AttentionCore(nn.Module):
 
     A sink is one more logit of each head, learned, that takes its share of the softmax and has no value (gpt-oss).
     `first_head` is the global index of the first local query head; tensor parallelism sets it, only ALiBi reads it.
+    `heads` of `attend` says which of the local query heads are given, where only some are.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -93,9 +124,19 @@ class AttentionCore(nn.Module):
         self.first_head = 0
         self.sinks = nn.Parameter(torch.zeros(config.num_attention_heads)) if config.attention_sinks else None
         self.dropout = Dropout(config.attention_dropout)
+        # context parallelism hands in another way, which calls `attend` with what it has brought together
+        self.context: Callable[[AttentionCore, Tensor, Tensor, Tensor, AttentionMask], Tensor] | None = None
 
     def forward(self, q_BHSK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask: AttentionMask) -> Tensor:
         """Returns [B, H, S, K] in the dtype of q."""
+        if self.context is not None:
+            return self.context(self, q_BHSK, k_BGTK, v_BGTK, mask)
+        return self.attend(q_BHSK, k_BGTK, v_BGTK, mask)
+
+    def attend(
+        self, q_BHSK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask: AttentionMask, heads: slice = ALL_HEADS
+    ) -> Tensor:
+        """The same on this device alone."""
         probability = self.dropout.probability
         scale = self.scale
         if self.divisor != 1:  # smaller products in fp16; the kernels multiply back in fp32
@@ -109,14 +150,14 @@ class AttentionCore(nn.Module):
                     k_BGTK,
                     v_BGTK,
                     dropout_p=probability,
-                    is_causal=mask.query_length > 1,
+                    is_causal=mask.causal and mask.query_length > 1,
                     scale=scale,
                     enable_gqa=q_BHSK.shape[1] != k_BGTK.shape[1],
                 )
             repeats = q_BHSK.shape[1] // k_BGTK.shape[1]
             if repeats > 1:  # memory-efficient kernels take a mask or grouped heads, not both
                 k_BGTK, v_BGTK = k_BGTK.repeat_interleave(repeats, 1), v_BGTK.repeat_interleave(repeats, 1)
-            bias = self._bias(mask, q_BHSK)
+            bias = self._bias(mask, q_BHSK, heads)
             if not by_hand:
                 return F.scaled_dot_product_attention(
                     q_BHSK, k_BGTK, v_BGTK, attn_mask=bias, dropout_p=probability, scale=scale
@@ -126,22 +167,26 @@ class AttentionCore(nn.Module):
             if self.softcap is not None:
                 scores = self.softcap * torch.tanh(scores / self.softcap)
             scores = scores.masked_fill(~bias, float("-inf")) if bias.dtype == torch.bool else scores + bias
-            weights = self._softmax(scores).to(q_BHSK.dtype)
+            weights = self._softmax(scores, heads).to(q_BHSK.dtype)
             return F.dropout(weights, probability) @ v_BGTK
 
-    def _softmax(self, scores_BHST: Tensor) -> Tensor:
+    def _softmax(self, scores_BHST: Tensor, heads: slice) -> Tensor:
         if self.sinks is None:
             return scores_BHST.softmax(-1)
-        sinks_BHS1 = self.sinks.to(scores_BHST.dtype)[:, None, None].expand(*scores_BHST.shape[:-1], 1)
+        sinks_BHS1 = self.sinks[heads].to(scores_BHST.dtype)[:, None, None].expand(*scores_BHST.shape[:-1], 1)
         return torch.cat((scores_BHST, sinks_BHS1), -1).softmax(-1)[..., :-1]
 
-    def _bias(self, mask: AttentionMask, q_BHSK: Tensor) -> Tensor:
+    def slopes(self, heads: slice, count: int) -> Tensor:
+        """fp32 [count]: ALiBi slopes of the `count` query heads given."""
+        first = self.first_head + (heads.start or 0)
+        return alibi_slopes(self.total_heads)[first : first + count]
+
+    def _bias(self, mask: AttentionMask, q_BHSK: Tensor, heads: slice) -> Tensor:
         """bool mask, or the additive ALiBi bias in the dtype of q with -inf where a key may not be seen."""
         allowed = mask.dense(self.window)
         if not self.alibi:
             return allowed
-        heads = slice(self.first_head, self.first_head + q_BHSK.shape[1])
-        slopes = alibi_slopes(self.total_heads)[heads].to(q_BHSK.device)
+        slopes = self.slopes(heads, q_BHSK.shape[1]).to(q_BHSK.device)
         bias = -slopes[:, None, None] * mask.distances()
         return bias.masked_fill(~allowed, float("-inf")).to(q_BHSK.dtype)
 

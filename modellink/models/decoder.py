@@ -106,6 +106,7 @@ class Decoder(nn.Module):
         head = NormalizedLinear if config.normalize_lm_head else nn.Linear
         self.lm_head = head(hidden, vocab, bias=config.lm_head_bias) if last else None
         self.run_layers: RunLayers = run_layers_plainly
+        self.causal = True  # False: every position sees all (--cp-attention-mask-type full)
         self.tie_weights()
 
     def _rotations(self) -> tuple[RotaryEmbedding | None, RotaryEmbedding | None]:
@@ -166,11 +167,13 @@ class Decoder(nn.Module):
         first_key: Tensor | None = None,
         sequence_length: int | None = None,
         last_only: bool = False,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """Token ids int [B, S] on the first stage, hidden states [B, S, D] on later ones -> logits or hidden states.
 
         position_ids int [B, S] or [S], default 0.. after what the cache holds. first_key int [B]: keys before it are
-        left padding. sequence_length S is needed only where x holds a shard of the sequence. last_only keeps the last
+        left padding. documents int [B, whole sequence] numbers packed documents, which do not see each other.
+        sequence_length S is needed only where x holds a shard of the sequence. last_only keeps the last
         position's logits, [B, 1, V].
         """
         past = cache.length if cache is not None else 0
@@ -181,7 +184,7 @@ class Decoder(nn.Module):
             x = self.embed(x, position_ids)
         rope = self.rope(position_ids, x.dtype) if self.rope is not None else None
         rope_window = rope if self.rope_window is None else self.rope_window(position_ids, x.dtype)
-        mask = AttentionMask(length, past + length, x.device, first_key)
+        mask = AttentionMask(length, past + length, x.device, first_key, documents, self.causal)
         calls: list[LayerCall] = []
         for place, (index, layer) in enumerate(self.layers.items()):
             layer_cache = cache.layers[place] if cache is not None else None

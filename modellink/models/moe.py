@@ -110,12 +110,16 @@ def auxiliary_loss_names(config: ModelConfig) -> list[str]:
     return [name for name, weight in weights.items() if weight and config.num_experts]
 
 
-def auxiliary_losses(routing: Routing, config: ModelConfig, batch: int) -> dict[str, Tensor]:
+def auxiliary_losses(
+    routing: Routing, config: ModelConfig, batch: int, mean_over_sequence: Callable[[Tensor], Tensor] | None = None
+) -> dict[str, Tensor]:
     """Each loss that weighs anything, times its coefficient, by name; scalars, means over the tokens of `routing`.
 
     The T tokens are `batch` sequences one after the other. f_e is the number of tokens sent to e, over its mean; P_e
     the mean share of e; both over a sequence (`sequence_aux_loss`, averaged over sequences after) or over all tokens.
-    Choices before dropping count. Source: arXiv:2405.04434, section 2.2.3; z-loss: arXiv:2202.08906.
+    Choices before dropping count. `mean_over_sequence` averages frequencies over the ranks that share a sequence: with
+    f over all its positions and P over those of one rank, the mean loss of the ranks is the loss of the whole. Source:
+    arXiv:2405.04434, section 2.2.3; z-loss: arXiv:2202.08906.
     """
     losses: dict[str, Tensor] = {}
     if config.z_loss_coeff:
@@ -123,7 +127,8 @@ def auxiliary_losses(routing: Routing, config: ModelConfig, batch: int) -> dict[
     rows = batch if config.sequence_aux_loss else 1
     shares_NSE = routing.shares_TE.unflatten(0, (rows, -1))
     chosen_NSE = torch.zeros_like(shares_NSE).scatter(-1, routing.experts_Tk.unflatten(0, (rows, -1)), 1.0)
-    frequency_NE = chosen_NSE.mean(1) * (config.num_experts / config.router_topk)
+    mean = mean_over_sequence or (lambda frequency: frequency)
+    frequency_NE = mean(chosen_NSE.mean(1)) * (config.num_experts / config.router_topk)
     share_NE = shares_NSE.mean(1)
     if config.aux_loss_coeff:
         losses["load_balancing_loss"] = (frequency_NE * share_NE).sum(-1).mean() * config.aux_loss_coeff
@@ -133,7 +138,7 @@ def auxiliary_losses(routing: Routing, config: ModelConfig, batch: int) -> dict[
         losses["device_loss"] = (frequency_NG * share_NG).sum(-1).mean() * config.device_aux_loss_coeff
     if config.comm_aux_loss_coeff:
         touched_NSG = chosen_NSE.unflatten(-1, (config.router_groups, -1)).amax(-1)
-        frequency_NG = touched_NSG.mean(1) * (config.router_groups / config.topk_group)
+        frequency_NG = mean(touched_NSG.mean(1)) * (config.router_groups / config.topk_group)
         losses["communication_loss"] = (frequency_NG * share_NG).sum(-1).mean() * config.comm_aux_loss_coeff
     return losses
 
@@ -265,6 +270,7 @@ class MoE(nn.Module):
         self.shared_expert_gate = nn.Linear(config.hidden_size, width, bias=False) if gated else None
         # expert parallelism hands in another way of running the sorted rows
         self.run_experts: Callable[[Tensor, Tensor], Tensor] | None = None
+        self.mean_over_sequence: Callable[[Tensor], Tensor] | None = None  # context parallelism hands it in
         self.token_weight: Tensor | float | None = None  # see the top of this module
         # sums over the backward passes since `reset_statistics`: auxiliary losses, times their coefficients and
         # positions; tokens per expert (int64), before dropping
@@ -299,7 +305,7 @@ class MoE(nn.Module):
         return (y_PD.unflatten(0, weights_Tk.shape) * weights_Tk[..., None]).sum(1)
 
     def _attach_losses(self, y_TD: Tensor, routing: Routing, batch: int) -> Tensor:
-        losses = auxiliary_losses(routing, self.config, batch)
+        losses = auxiliary_losses(routing, self.config, batch, self.mean_over_sequence)
         total = sum(losses.values(), start=routing.logits_TE.new_zeros(()))
         if self.token_weight is not None:
             total = total * (len(y_TD) * self.token_weight)

@@ -2,6 +2,7 @@
 
     stage of the pipeline  on the meta device: no memory yet
     tensor / sequence      parameters become DTensors over `tp`
+    context                attention over the ranks that share a sequence
     recomputation          around layers or the attention core
     compilation            per layer
     data parallel          FSDP2 per layer, then the rest: parameters become shards over `dp`
@@ -22,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from modellink.config.schema import ModelConfig, ParallelConfig
 from modellink.models.decoder import Decoder
 from modellink.models.init import initial_value
+from modellink.parallel.context import ContextParallel, apply_context_parallel
 from modellink.parallel.pipeline import Pipeline, StageSpec, stage_specs
 from modellink.parallel.recompute import apply_recompute
 from modellink.parallel.shard import copy_full_into
@@ -37,6 +39,7 @@ class ParallelModel:
     specs: list[StageSpec]
     topology: Topology
     pipeline: Pipeline | None
+    context: ContextParallel | None = None
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """(canonical name, parameter) of everything this rank holds; a tied pair that lives here counts once."""
@@ -116,7 +119,8 @@ def build_model(
     Under data parallelism parameters are the fp32 masters and are cast when gathered; otherwise they are held in
     `dtype`.
     """
-    data_parallel = topology.dp > 1
+    data_parallel = topology.copies > 1
+    context = ContextParallel(parallel, topology) if topology.size("cp") > 1 else None
     specs = stage_specs(model, parallel, topology.coordinate("pp"))
     chunks = []
     for spec in specs:
@@ -127,6 +131,9 @@ def build_model(
                 parameter.data = parameter.data.to(dtype)
         if topology.size("tp") > 1:
             apply_tensor_parallel(chunk, topology.mesh["tp"], parallel.sequence_parallel)
+        chunk.causal = parallel.cp_attention_mask_type == "causal"
+        if context is not None:
+            apply_context_parallel(chunk, context)
         apply_recompute(chunk, parallel)
         if parallel.compile:
             for layer in chunk.layers.values():
@@ -136,4 +143,4 @@ def build_model(
         materialise(chunk, device, seed)
         chunks.append(chunk)
     pipeline = Pipeline(chunks, specs, parallel, topology, device, dtype) if topology.size("pp") > 1 else None
-    return ParallelModel(chunks, specs, topology, pipeline)
+    return ParallelModel(chunks, specs, topology, pipeline, context)

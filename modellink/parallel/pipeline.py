@@ -123,11 +123,12 @@ class Pipeline:
         micro_batch: int,
         *,
         training: bool,
-        position_ids: Tensor | None = None,
+        extra: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """Forward (and backward) of the rank's whole batch; returns the summed loss on the last stage, 0 elsewhere.
 
-        tokens, labels: int [B, S] with B a multiple of `micro_batch`.
+        tokens, labels: int [B, S] with B a multiple of `micro_batch`; `extra` tensors have B rows too and go to every
+        stage by name.
         """
         self._loss_fn = loss_fn
         micro_batches, length = tokens_BS.shape[0] // micro_batch, tokens_BS.shape[1]
@@ -137,8 +138,7 @@ class Pipeline:
         losses: list[Tensor] | None = [] if self.has_last else None
         # the sequence length travels by keyword: a later stage sees only its shard of the sequence
         context: dict[str, Any] = {"sequence_length": length, "return_outputs": False}
-        if position_ids is not None:
-            context["position_ids"] = position_ids
+        context.update(extra or {})
         if training:
             schedule.step(*inputs, target=target, losses=losses, **context)
         else:

@@ -1,7 +1,10 @@
-"""Which rank holds what: one named device mesh over `pp, dp_replicate, dp_shard, cp, tp` (tensor fastest, pipeline
+"""Which rank holds what: named device meshes over `pp, dp_replicate, dp_shard, cp, tp` (tensor fastest, pipeline
 slowest).
 
-World size 1 has no mesh at all, so single-device code takes no detour. Axes of size 1 never communicate.
+Two meshes over the same ranks say the same in two ways. `mesh` is how weights lie: ranks of one context hold the same
+weights, so they shard or replicate them as data ranks do, and its dp axes contain cp. `data` is how a batch lies: rows
+over dp, positions over cp. World size 1 has no mesh at all, so single-device code takes no detour. Axes of size 1 never
+communicate.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ from modellink import device
 from modellink.config.schema import ParallelConfig
 from modellink.errors import ModelLinkError
 
-AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+WEIGHTS = ("pp", "dp_replicate", "dp_shard", "tp")
+DATA = ("pp", "dp", "cp", "tp")
 
 
 def launched_world_size() -> int:
@@ -70,28 +74,30 @@ class Topology:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.dp = data_parallel_size(parallel, self.world_size)
         self.zero_stage = parallel.zero_stage or (1 if parallel.distributed_optimizer else 0)
-        replicas = self.dp if self.zero_stage == 0 else parallel.data_parallel_replicas
-        if self.dp % replicas:
+        context, tensor = parallel.context_parallel, parallel.tensor_parallel
+        copies = self.dp * context  # ranks that hold the same weights, or shards of them
+        replicas = copies if self.zero_stage == 0 else parallel.data_parallel_replicas
+        if self.zero_stage and self.dp % replicas:
             raise ModelLinkError(
                 f"{self.dp} data-parallel ranks cannot be divided into {replicas} replicas: "
                 f"choose --data-parallel-replicas among the divisors of {self.dp}."
             )
-        self.sizes = dict(
-            zip(
-                AXES,
-                (
-                    parallel.pipeline_parallel,
-                    replicas,
-                    self.dp // replicas,
-                    parallel.context_parallel,
-                    parallel.tensor_parallel,
-                ),
-                strict=True,
-            )
-        )
+        self.copies = copies
+        self.sizes = {
+            "pp": parallel.pipeline_parallel,
+            "dp_replicate": replicas,
+            "dp_shard": copies // replicas,
+            "dp": self.dp,
+            "cp": context,
+            "tp": tensor,
+        }
         self.mesh: DeviceMesh | None = None
+        self.data: DeviceMesh | None = None
         if self.world_size > 1:
-            self.mesh = init_device_mesh(device.device_type(), tuple(self.sizes.values()), mesh_dim_names=AXES)
+            self.mesh, self.data = (
+                init_device_mesh(device.device_type(), tuple(self.sizes[a] for a in axes), mesh_dim_names=axes)
+                for axes in (WEIGHTS, DATA)
+            )
 
     def size(self, axis: str) -> int:
         """Number of ranks along `axis`."""
@@ -99,16 +105,18 @@ class Topology:
 
     def coordinate(self, axis: str) -> int:
         """This rank's place along `axis`."""
-        return self.mesh.get_local_rank(axis) if self.mesh is not None else 0
+        mesh = self.mesh if axis in WEIGHTS else self.data
+        return mesh.get_local_rank(axis) if mesh is not None else 0
 
     def group(self, axis: str) -> dist.ProcessGroup | None:
         """Process group along `axis`, None where the axis has one rank."""
-        return self.mesh.get_group(axis) if self.mesh is not None and self.sizes[axis] > 1 else None
+        mesh = self.mesh if axis in WEIGHTS else self.data
+        return mesh.get_group(axis) if mesh is not None and self.sizes[axis] > 1 else None
 
     @property
     def dp_rank(self) -> int:
         """This rank's place among the data-parallel ranks."""
-        return self.coordinate("dp_replicate") * self.sizes["dp_shard"] + self.coordinate("dp_shard")
+        return self.coordinate("dp")
 
     @property
     def is_main(self) -> bool:
@@ -125,7 +133,7 @@ class Topology:
 
     def sum_over_data(self, tensor: Tensor) -> Tensor:
         """Sum over everything that splits the batch: data and context ranks."""
-        return self.reduce(tensor, "dp_replicate", "dp_shard", "cp")
+        return self.reduce(tensor, "dp", "cp")
 
     def describe(self) -> str:
         """One line for the log, for example `tp 2 x pp 2 x dp 2`."""

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from modellink.config.schema import Config, OptimizerConfig
+from modellink.data.loader import EXTRA
 from modellink.models.moe import MoE, auxiliary_loss_names
 from modellink.optim.adamw import MixedPrecisionAdamW
 from modellink.optim.grad_norm import (
@@ -44,6 +45,10 @@ class StepResult:
     skipped: bool  # True when fp16 gradients overflowed and nothing was updated
     zeros: Tensor | None = None
     auxiliary: dict[str, Tensor] = field(default_factory=dict)  # losses of routers, mean over layers and tokens
+
+
+def _extra(batch: Batch) -> Batch:
+    return {name: batch[name] for name in EXTRA if name in batch}
 
 
 class Float32Accumulation:
@@ -123,8 +128,11 @@ class Engine:
         """Accumulate gradients of this rank's rows of the global batch; returns the global mean loss (equal on all
         ranks).
 
-        batch: tokens, labels (and position_ids) int [rows, S] on the device, rows a multiple of `micro_batch_size`.
+        batch: tokens, labels (and position_ids, documents) int [rows, S] on the device, rows a multiple of
+        `micro_batch_size`.
         """
+        if self.model.context is not None:
+            batch = self.model.context.shard(batch)
         tokens, labels = batch["tokens"], batch["labels"]
         divisor = self._token_count(labels)
         scale = self.scaler.scale if self.scaler is not None else 1.0
@@ -136,7 +144,7 @@ class Engine:
 
         if self.model.pipeline is not None:
             total = self.model.pipeline.run(
-                tokens, labels, loss_fn, micro_batch_size, training=True, position_ids=batch.get("position_ids")
+                tokens, labels, loss_fn, micro_batch_size, training=True, extra=_extra(batch)
             )
         else:
             total = self._accumulate(batch, micro_batch_size, loss_fn)
@@ -149,13 +157,14 @@ class Engine:
     def _weigh_experts(self, labels_BS: Tensor, scale: Tensor | float) -> None:
         """Give auxiliary losses their weight in this step; every tensor rank adds its share of them."""
         if self.config.model.num_experts:
-            weight = scale / (self._positions(labels_BS) * self.topology.size("tp"))
+            self._routed = self._positions(labels_BS)
+            weight = scale / (self._routed * self.topology.size("tp"))
             for experts in self._experts:
                 experts.reset_statistics()
                 experts.token_weight = weight
 
-    def auxiliary_losses(self, labels_BS: Tensor) -> dict[str, Tensor]:
-        """Losses of routers in the step whose labels these are: means over the global batch and the layers."""
+    def auxiliary_losses(self) -> dict[str, Tensor]:
+        """Losses of routers in the last step: means over the global batch and the layers."""
         names, model = auxiliary_loss_names(self.config.model), self.config.model
         if not names:
             return {}
@@ -163,7 +172,7 @@ class Engine:
         sums = [sum((experts.losses.get(name, zero) for experts in self._experts), zero) for name in names]
         total = self.topology.reduce(self.topology.sum_over_data(torch.stack(sums).float()), "pp")
         layers = sum(model.layer_has_experts(layer) for layer in range(model.num_layers or 0))
-        return dict(zip(names, total / (self._positions(labels_BS) * layers), strict=True))
+        return dict(zip(names, total / (self._routed * layers), strict=True))
 
     def _accumulate(self, batch: Batch, micro_batch_size: int, loss_fn: Loss) -> Tensor:
         model = self.model.chunks[0]
@@ -176,7 +185,7 @@ class Engine:
             if self._fsdp:
                 model.set_is_last_backward(last)  # type: ignore[operator]
                 model.set_requires_gradient_sync(last or reduce_each)  # type: ignore[operator]
-            loss = loss_fn(model(part["tokens"], part.get("position_ids")), part["labels"])
+            loss = loss_fn(model(part["tokens"], **_extra(part)), part["labels"])
             loss.backward()
             total += loss.detach()
         return total
@@ -233,22 +242,23 @@ class Engine:
         loss = self.forward_backward(batch, micro_batch_size)
         self.reduce_gradients()
         norm, skipped, zeros = self.update()
-        return StepResult(loss, norm, skipped, zeros, self.auxiliary_losses(batch["labels"]))
+        return StepResult(loss, norm, skipped, zeros, self.auxiliary_losses())
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, micro_batch_size: int) -> tuple[Tensor, Tensor]:
         """(summed loss, token count) of one global batch, fp32 scalars equal on all ranks."""
-        tokens, labels, positions = batch["tokens"], batch["labels"], batch.get("position_ids")
+        if self.model.context is not None:
+            batch = self.model.context.shard(batch)
+        tokens, labels = batch["tokens"], batch["labels"]
         if self.model.pipeline is not None:
             total = self.model.pipeline.run(
-                tokens, labels, self.loss, micro_batch_size, training=False, position_ids=positions
+                tokens, labels, self.loss, micro_batch_size, training=False, extra=_extra(batch)
             )
         else:
             total = torch.zeros((), dtype=torch.float32, device=self.device)
             for start in range(0, tokens.shape[0], micro_batch_size):
-                part = slice(start, start + micro_batch_size)
-                logits = self.model.chunks[0](tokens[part], positions[part] if positions is not None else None)
-                total += self.loss(logits, labels[part])
+                part = {key: value[start : start + micro_batch_size] for key, value in batch.items()}
+                total += self.loss(self.model.chunks[0](part["tokens"], **_extra(part)), part["labels"])
         return self._global_loss(total), self._token_count(labels)
 
     def params_norm(self) -> Tensor:

@@ -112,6 +112,7 @@ class Feed:
             seed=train.seed,
             eod_mask_loss=data.eod_mask_loss,
             reset_position_ids=data.reset_position_ids,
+            reset_attention_mask=data.reset_attention_mask,
             eod=self.tokenizer.eod if self.tokenizer is not None else None,
             cache_path=data.data_cache_path,
             tokenizer=self.config.tokenizer.tokenizer_name_or_path or "",

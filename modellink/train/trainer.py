@@ -159,7 +159,12 @@ class Trainer:
                     load_hf(chunk, folder, progress=self.topology.is_main)
 
             together(self.host_group, load_weights_here)
-        seed_everything(config.train.seed + 100 * self.topology.coordinate("pp") + 10_007 * self.topology.dp_rank)
+        seed_everything(
+            config.train.seed
+            + 100 * self.topology.coordinate("pp")
+            + 10_007 * self.topology.dp_rank
+            + 1_000_003 * self.topology.coordinate("cp")
+        )
         return Engine(model, config)
 
     def _load(self) -> None:

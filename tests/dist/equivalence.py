@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -70,6 +71,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "swiglu_limit": 1.5, "moe_layer_freq": 2, "n_shared_experts": 1, "shared_expert_gate": True,
         "expert_capacity_factor": 1.2, "sliding_window": 6, "window_layers": "even", "rope_theta_window": 100.0,
     },
+    # gpt-oss's attention: sinks, a window with a rotation of its own on every second layer
+    "sinks": LLAMA
+    | {"attention_sinks": True, "sliding_window": 6, "window_layers": "even", "rope_theta_window": 100.0},
+    "multiquery": LLAMA | {"num_key_value_heads": 1},
     # latent attention without a query latent, with biases, all dense
     "latent": LLAMA
     | {
@@ -79,7 +84,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def batches(seed: int = 0) -> list[dict[str, Tensor]]:
+def batches(seed: int = 0, packed: bool = False) -> list[dict[str, Tensor]]:
     """The same global batches for every layout; some labels are masked, unevenly over rows."""
     generator = torch.Generator().manual_seed(seed)
     out = []
@@ -89,6 +94,12 @@ def batches(seed: int = 0) -> list[dict[str, Tensor]]:
         for row in range(ROWS):
             labels[row, : row % 5] = IGNORED
         out.append({"tokens": text[:, :-1].contiguous(), "labels": labels})
+        if packed:  # documents of other lengths in every row
+            begins = torch.rand(ROWS, SEQUENCE, generator=generator) < 0.2
+            documents = begins.long().cumsum(1)
+            place = torch.arange(SEQUENCE).expand(ROWS, -1)
+            first = torch.where(begins, place, 0).cummax(1).values
+            out[-1] |= {"documents": documents, "position_ids": place - first}
     return out
 
 
@@ -104,8 +115,10 @@ def whole(tensor: Tensor) -> Tensor:
 
 def train(model: str, parallel: dict[str, Any], micro_batch: int = 1, **optimizer: Any) -> dict[str, Any]:
     """Losses, gradient norms, gradients of each step and final weights (only the names this rank's stage holds)."""
+    name, _, kind = model.partition(" ")
+    packed = kind == "packed"
     config = Config(
-        model=ModelConfig(**MODELS[model]).resolve(),
+        model=ModelConfig(**MODELS[name]).resolve(),
         parallel=ParallelConfig(**parallel),
         optimizer=OptimizerConfig(**{"lr": 1e-3, "weight_decay": 0.1, "clip_grad": 0.5, "adam_eps": 1e-5} | optimizer),
     )
@@ -114,13 +127,13 @@ def train(model: str, parallel: dict[str, Any], micro_batch: int = 1, **optimize
     built = build_model(config.model, config.parallel, topology, torch.device("cpu"), dtype, seed=7)
     engine = Engine(built, config)
     result: dict[str, Any] = {"losses": [], "norms": [], "gradients": [], "auxiliary": {}}
-    for batch in batches():
+    for batch in batches(packed=packed):
         mine = rows_of(batch, micro_batch, topology.dp, topology.dp_rank)
         result["losses"].append(engine.forward_backward(mine, micro_batch).item())
         engine.reduce_gradients()
         moved = [(name, p) for name, p in built.named_parameters() if p.requires_grad]
         result["gradients"].append({name: whole(gradient_of(p)) for name, p in moved})
-        for name, value in engine.auxiliary_losses(mine["labels"]).items():
+        for name, value in engine.auxiliary_losses().items():
             result["auxiliary"].setdefault(name, []).append(value.item())
         norm, _, _ = engine.update()
         result["norms"].append(norm.item())
@@ -136,7 +149,10 @@ def relative_error(ours: Tensor, reference: Tensor, floor: float) -> float:
 
 
 def run_cases(
-    rank: int, world_size: int, cases: list[tuple[str, dict[str, Any], int]], half: list[tuple[str, dict[str, Any], int]]
+    rank: int,
+    world_size: int,
+    cases: list[tuple[str, dict[str, Any], int]],
+    half: list[tuple[str, dict[str, Any], int]],
 ) -> list[dict[str, Any]]:
     """Every case in turn on this world, then those in bf16; what each rank saw, as plain data and tensors."""
     results = [train(model, parallel, micro_batch) for model, parallel, micro_batch in cases]
@@ -145,29 +161,32 @@ def run_cases(
 
 def compare(per_rank: list[dict[str, Any]], reference: dict[str, Any]) -> dict[str, float]:
     """Largest relative error of loss, gradient norm, any gradient of any step, any final weight, over all ranks."""
+
+    def note(kind: str, error: float) -> None:
+        # a NaN is the worst of all, and compares as no error
+        errors[kind] = max(errors[kind], error if math.isfinite(error) else math.inf)
+
     errors = {"loss": 0.0, "norm": 0.0, "gradient": 0.0, "weight": 0.0, "evaluation": 0.0, "auxiliary": 0.0}
     seen = set()
     for result in per_rank:
         for ours, theirs in zip(result["losses"], reference["losses"], strict=True):
-            errors["loss"] = max(errors["loss"], abs(ours - theirs) / abs(theirs))
+            note("loss", abs(ours - theirs) / abs(theirs))
         for ours, theirs in zip(result["norms"], reference["norms"], strict=True):
-            errors["norm"] = max(errors["norm"], abs(ours - theirs) / abs(theirs))
+            note("norm", abs(ours - theirs) / abs(theirs))
         assert set(result["auxiliary"]) == set(reference["auxiliary"])
         for name, values in result["auxiliary"].items():
             for ours, theirs in zip(values, reference["auxiliary"][name], strict=True):
-                errors["auxiliary"] = max(errors["auxiliary"], abs(ours - theirs) / abs(theirs))
+                note("auxiliary", abs(ours - theirs) / abs(theirs))
         for ours, theirs in zip(result["gradients"], reference["gradients"], strict=True):
             # a gradient that is zero but for rounding has no relative error of its own
             floor = 1e-3 * max(value.abs().max().item() for value in theirs.values())
             for name, value in ours.items():
-                errors["gradient"] = max(errors["gradient"], relative_error(value, theirs[name], floor))
+                note("gradient", relative_error(value, theirs[name], floor))
         for name, value in result["weights"].items():
             seen.add(name)
             # a bias that starts at zero has no scale of its own: it is measured against the weights'
             error = relative_error(value, reference["weights"][name], LLAMA["init_std"])
-            errors["weight"] = max(errors["weight"], error)
-        errors["evaluation"] = max(
-            errors["evaluation"], abs(result["evaluation"] - reference["evaluation"]) / reference["evaluation"]
-        )
+            note("weight", error)
+        note("evaluation", abs(result["evaluation"] - reference["evaluation"]) / reference["evaluation"])
     assert seen == set(reference["weights"]), "a parameter is on no rank"
     return errors

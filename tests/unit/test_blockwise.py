@@ -1,0 +1,119 @@
+"""Attention in blocks against one softmax in float64, and packed documents against documents alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from modellink.config.schema import ModelConfig
+from modellink.models import blockwise
+from modellink.models.attention import AttentionMask
+from modellink.models.blockwise import BlockMask, ScoreRule, attend, attend_backward, merge
+from modellink.models.decoder import Decoder
+
+QUERIES, KEYS, HEADS, GROUPS, SIZE = 5, 12, 4, 2, 8
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, rule: ScoreRule, allowed: Tensor, distances: Tensor) -> Tensor:
+    k, v = k.repeat_interleave(HEADS // GROUPS, 1), v.repeat_interleave(HEADS // GROUPS, 1)
+    scores = q @ k.mT * rule.scale
+    if rule.softcap is not None:
+        scores = rule.softcap * torch.tanh(scores / rule.softcap)
+    if rule.slopes_H is not None:
+        scores = scores - rule.slopes_H[:, None, None] * distances
+    return torch.nan_to_num(scores.masked_fill(~allowed, float("-inf")).softmax(-1)) @ v
+
+
+@pytest.mark.parametrize("rows", [2, 1024])
+@pytest.mark.parametrize("value_size", [SIZE, 6])
+@pytest.mark.parametrize("kind", ["plain", "capped", "sloped", "masked"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_blocks_merge_to_one_softmax(
+    kind: str, value_size: int, rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three blocks of keys, one of which some queries do not see at all; gradients by each block alone."""
+    monkeypatch.setattr(blockwise, "QUERY_ROWS", rows)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    q, k = draw(2, HEADS, QUERIES, SIZE), draw(2, GROUPS, KEYS, SIZE)
+    v, grad = draw(2, GROUPS, KEYS, value_size), draw(2, HEADS, QUERIES, value_size)
+    slopes = torch.tensor([0.5, 0.25, 0.1, 0.7]) if kind == "sloped" else None
+    rule = ScoreRule(0.4, 3.0 if kind == "capped" else None, slopes)
+    distances = torch.arange(KEYS - QUERIES, KEYS)[:, None] - torch.arange(KEYS)
+    allowed = (distances >= 0) & (distances < 6) if kind == "masked" else torch.ones_like(distances, dtype=torch.bool)
+
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    expected = plain(*leaves, rule, allowed, distances)
+    expected.backward(grad)
+    mine, cuts = [x.to(dtype) for x in (q, k, v)], [slice(0, 3), slice(3, 7), slice(7, KEYS)]
+    masks = [BlockMask(allowed[:, cut] if kind == "masked" else None, distances[:, cut]) for cut in cuts]
+    out, lse = attend(mine[0], mine[1][:, :, cuts[0]], mine[2][:, :, cuts[0]], rule, masks[0])
+    for cut, mask in zip(cuts[1:], masks[1:], strict=True):
+        out, lse = merge(out, lse, *attend(mine[0], mine[1][:, :, cut], mine[2][:, :, cut], rule, mask))
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=tolerance)
+    dq = torch.zeros_like(out[..., :1].expand(*out.shape[:-1], SIZE))
+    for cut, mask in zip(cuts, masks, strict=True):
+        keys, values = mine[1][:, :, cut], mine[2][:, :, cut]
+        found = attend_backward(grad.to(dtype), mine[0], keys, values, out, lse, rule, mask)
+        dq = dq + found[0]
+        torch.testing.assert_close(found[1].double(), leaves[1].grad[:, :, cut], rtol=0, atol=4 * tolerance)
+        torch.testing.assert_close(found[2].double(), leaves[2].grad[:, :, cut], rtol=0, atol=4 * tolerance)
+    torch.testing.assert_close(dq.double(), leaves[0].grad, rtol=0, atol=4 * tolerance)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_causal_block_is_the_lower_triangle(softcap: float | None) -> None:
+    q = torch.randn(1, 2, 6, 8, generator=torch.Generator().manual_seed(1))
+    triangle = torch.ones(6, 6, dtype=torch.bool).tril()
+    rule = ScoreRule(0.3, softcap)
+    for mine, by_mask in zip(
+        attend(q, q, q, rule, BlockMask(causal=True)), attend(q, q, q, rule, BlockMask(triangle)), strict=True
+    ):
+        torch.testing.assert_close(mine, by_mask, rtol=0, atol=1e-6)
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "rope": {"position_embedding": "rope"},
+    "alibi": {"position_embedding": "alibi"},
+    "window": {"position_embedding": "rope", "sliding_window": 3},
+    "sinks": {"position_embedding": "rope", "attention_sinks": True},
+    "capped": {"position_embedding": "rope", "attention_logit_softcap": 2.0},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_documents_are_as_documents_alone(name: str) -> None:
+    """Rows with other borders each: logits of every document equal those of a sequence that holds nothing else."""
+    config = ModelConfig(
+        num_layers=2, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, vocab_size=50, padded_vocab_size=50,
+        attention_dropout=0.0, hidden_dropout=0.0, max_position_embeddings=16, **MODELS[name],
+    ).resolve()  # fmt: skip
+    torch.manual_seed(0)
+    model = Decoder(config).eval()
+    lengths = [[4, 7, 3], [9, 1, 4]]
+    tokens = torch.randint(0, 50, (2, 14))
+    documents = torch.stack([torch.arange(3).repeat_interleave(torch.tensor(row)) for row in lengths])
+    positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
+    with torch.no_grad():
+        packed = model(tokens, positions, documents=documents)
+        for row, sizes in enumerate(lengths):
+            for part, mine in zip(tokens[row].split(sizes), packed[row].split(sizes), strict=True):
+                torch.testing.assert_close(mine, model(part[None])[0], rtol=0, atol=1e-5)
+        assert (model(tokens, positions) - packed).abs().max() > 1e-3
+
+
+def test_masks_at_positions_are_parts_of_the_whole() -> None:
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2], [0, 1, 1, 1, 1, 1, 2, 2]])
+    whole = AttentionMask(8, 8, torch.device("cpu"), documents=documents)
+    queries, keys = torch.tensor([1, 6, 7]), torch.tensor([0, 3, 5, 6])
+    for window in (None, 3):
+        assert torch.equal(whole.at(queries, keys).dense(window), whole.dense(window)[:, :, queries][..., keys])
+    assert not whole.is_trivial(None)
+    assert AttentionMask(8, 8, torch.device("cpu"), causal=False).dense(None).all()
