@@ -82,6 +82,7 @@ _ROWS = (
     Row((f"{_L}self_attn.o_proj",), "columns", f"{_D}{_A}linear_proj", f"{_E}{_A}dense", True),
     Row((f"{_L}self_attn.q_norm",), "whole", f"{_D}{_A}q_layernorm", None),
     Row((f"{_L}self_attn.k_norm",), "whole", f"{_D}{_A}k_layernorm", None),
+    Row((f"{_L}self_attn.core",), "rows", f"{_D}{_A}core_attention", None),
     Row((f"{_L}attention_output_norm",), "whole", f"{_D}post_attn_norm", None),
     Row((f"{_L}post_attention_layernorm",), "whole", f"{_D}pre_mlp_layernorm", f"{_E}post_attention_norm"),
     Row((f"{_L}mlp_output_norm",), "whole", f"{_D}post_mlp_layernorm", None),
@@ -123,7 +124,7 @@ _UPSTREAM = (
     Row((f"{_S}kv_b_proj",), "rows", f"{_D}{_A}linear_kv_up_proj", None),
 )
 # parameters that Megatron calls otherwise
-_PARAMETERS = {"e_score_correction_bias": "expert_bias"}
+_PARAMETERS = {"e_score_correction_bias": "expert_bias", "sinks": "softmax_offset"}
 _IN_EXPERTS = re.compile(r"(.*\.mlp\.experts\.\w+_proj)(?:_(bias))?")
 # the copy of a tied embedding that the last stage multiplies by
 TIED_HEAD = {MCORE: "output_layer", LEGACY: "word_embeddings_for_head"}
