@@ -136,16 +136,13 @@ class MegatronFolder:
         if place.experts is None:
             yield from zip(place.ours, self._join(place, place.name, config), strict=True)
             return
-        # one of ours after the other: the files are mapped, so reading an expert twice costs less than holding it
-        for number, ours in enumerate(place.ours):
-            stacked: Tensor | None = None
-            for expert, name in enumerate(place.names):
-                one = self._join(place, name, config)[number]
-                stacked = torch.empty((place.experts, *one.shape), dtype=one.dtype) if stacked is None else stacked
-                stacked[expert] = one
-            assert stacked is not None
-            yield ours, stacked
-            del stacked
+        stacked: list[Tensor] = []
+        for expert, name in enumerate(place.names):
+            parts = self._join(place, name, config)
+            stacked = stacked or [torch.empty((place.experts, *part.shape), dtype=part.dtype) for part in parts]
+            for whole, part in zip(stacked, parts, strict=True):
+                whole[expert] = part
+        yield from zip(place.ours, stacked, strict=True)
 
     def _join(self, place: Place, name: str, config: ModelConfig) -> list[Tensor]:
         """The full tensors of ours in the stored tensor `name`, once all copies of it have been compared."""

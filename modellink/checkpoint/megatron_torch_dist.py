@@ -12,6 +12,7 @@ and the two halves of a gated projection may be two tensors. Optimizer and rando
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 from dataclasses import dataclass
@@ -80,9 +81,6 @@ class _Chunk:
             raise ModelLinkError(f"{self.file} is damaged: its chunk at byte {self.start} is not what the index says.")
         return stored.read()
 
-    def holds(self, at: tuple[int, ...]) -> bool:
-        return all(o <= i < o + n for i, o, n in zip(at, self.offsets, self.sizes, strict=False))
-
 
 @dataclass(frozen=True)
 class DistributedTensor:
@@ -117,13 +115,20 @@ class _Stored:
         self.name, self.chunks = name, chunks
         self.dtype, self.shape = record.properties.dtype, tuple(record.size)
 
-    def select(self, index: Path, at: tuple[int, ...]) -> DistributedTensor:
-        """The tensor at these leading indices (a layer, an expert)."""
-        parts = tuple((chunk, at, 0) for chunk in self.chunks if chunk.holds(at))
-        shape = self.shape[len(at) :]
-        if sum(math.prod(chunk.sizes[len(at) :]) for chunk, *_ in parts) != math.prod(shape):
-            raise ModelLinkError(f"{index}: {self.name!r} is not whole; copy the files of this step again.")
-        return DistributedTensor(index, self.dtype, shape, parts)
+    def split(self, index: Path, leading: int) -> dict[tuple[int, ...], DistributedTensor]:
+        """The tensors at all indices of the first `leading` dimensions (layers, experts)."""
+        places: dict[tuple[int, ...], list[_Chunk]] = {}
+        for chunk in self.chunks:
+            held = zip(chunk.offsets[:leading], chunk.sizes[:leading], strict=True)
+            for at in itertools.product(*(range(offset, offset + size) for offset, size in held)):
+                places.setdefault(at, []).append(chunk)
+        shape, found = self.shape[leading:], {}
+        for at in itertools.product(*map(range, self.shape[:leading])):
+            parts = tuple((chunk, at, 0) for chunk in places.get(at, ()))
+            if sum(math.prod(chunk.sizes[leading:]) for chunk, *_ in parts) != math.prod(shape):
+                raise ModelLinkError(f"{index}: {self.name!r} is not whole; copy the files of this step again.")
+            found[at] = DistributedTensor(index, self.dtype, shape, parts)
+        return found
 
 
 def read_step(step: Path) -> tuple[dict[str, DistributedTensor], dict[str, Any]]:
@@ -135,8 +140,9 @@ def read_step(step: Path) -> tuple[dict[str, DistributedTensor], dict[str, Any]]
     options = common.get("args") if isinstance(common, dict) else None
     found: dict[str, DistributedTensor] = {}
     for stored in _read_index(step / INDEX):
-        for name, at in _names(stored):
-            found[name] = stored.select(step / INDEX, at)
+        names = _names(stored)
+        tensors = stored.split(step / INDEX, len(names[0][1]) if names else 0)
+        found |= {name: tensors[at] for name, at in names}
     return _joined(found), dict(vars(options)) if hasattr(options, "__dict__") else {}
 
 
