@@ -245,7 +245,6 @@ _FP32 = "this part is always computed in fp32"
 _COMM = "the engine schedules communication, and overlaps it with computation wherever it can"
 _ONE_DECODER = "there is one decoder for all models"
 _GELU = "not an option of a decoder language model"
-_EP = "it only tunes --expert-model-parallel-size, not built yet"
 _LORA = "it only shapes --lora-target-modules, not built yet"
 _DPO = "it only tunes --stage dpo, which is not built yet"
 _PROFILE = "it only shapes --profile, which is not built yet"
@@ -326,8 +325,8 @@ ACCEPTED: dict[str, list[tuple[str, str]]] = {
             "--enable-one-logger-async --adlr-autoresume --adlr-autoresume-interval:int",
         ),
         (
-            _EP,
-            "--moe-token-dispatcher-type:str --moe-permutation-async-comm",
+            _COMM,
+            "--moe-permutation-async-comm",
         ),
         (
             "the reference reads it nowhere in its Megatron-Core models",

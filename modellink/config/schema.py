@@ -245,6 +245,11 @@ class ParallelConfig:
         "causal", choices=("causal", "full"), help="full: every position sees all of the sequence"
     )
     expert_parallel: int = option(1, help="devices that share the experts of a layer")
+    moe_token_dispatcher_type: str = option(
+        "alltoall",
+        choices=("alltoall", "allgather"),
+        help="how tokens reach experts elsewhere: only those routed there, or all to everybody",
+    )
     sequence_parallel: bool = option(
         False, help="shard activations between blocks along the sequence over the tensor group"
     )

@@ -13,7 +13,6 @@ from pathlib import Path
 from modellink.config.architecture import SIZES
 from modellink.config.experts import check_experts
 from modellink.config.flags import by_name, flag_of, spell
-from modellink.config.flags_table import NOT_BUILT
 from modellink.config.resolved import ResolvedConfig
 from modellink.errors import ModelLinkError
 
@@ -170,11 +169,7 @@ def _model(resolved: ResolvedConfig) -> None:
 def _layout(resolved: ResolvedConfig) -> None:
     config = resolved.config
     model, parallel, tensor = config.model, config.parallel, config.parallel.tensor_parallel
-    if parallel.expert_parallel > 1:
-        raise ModelLinkError(
-            f"{_given(resolved, 'parallel.expert_parallel')} is refused: {NOT_BUILT}; "
-            f"{flag_of('parallel.tensor_parallel')} and --zero-stage 3 split experts too."
-        )
+    _experts(resolved)
     _context(resolved)
     for path, word in (
         ("model.num_attention_heads", "query heads"),
@@ -228,6 +223,31 @@ def _layout(resolved: ResolvedConfig) -> None:
     if parallel.recompute_granularity == "selective" and parallel.recompute_method:
         raise ModelLinkError("--recompute-method belongs to --recompute-granularity full: leave it out with selective.")
     assert model.num_layers
+
+
+def _experts(resolved: ResolvedConfig) -> None:
+    """Experts that their ranks can share."""
+    config, size = resolved.config, resolved.config.parallel.expert_parallel
+    if size == 1:
+        return
+    given = _given(resolved, "parallel.expert_parallel")
+    if resolved.program != "train":
+        raise ModelLinkError(f"{given} is for training: leave it out of {resolved.program}.")
+    if not config.model.num_experts:
+        raise ModelLinkError(f"{given} splits experts, but the model has none: leave it out or give --num-experts.")
+    if config.model.num_experts % size:
+        raise ModelLinkError(f"{given} does not divide {config.model.num_experts} experts: choose a divisor of them.")
+    ranks = resolved.data_parallel * config.parallel.context_parallel
+    if ranks % size:
+        raise ModelLinkError(
+            f"{given} must divide the {ranks} data- and context-parallel ranks over which experts lie: lower it, or "
+            "start more processes."
+        )
+    if config.parallel.moe_token_dispatcher_type == "allgather" and config.model.expert_capacity_factor is not None:
+        raise ModelLinkError(
+            "--moe-token-dispatcher-type allgather drops no tokens: leave out --moe-expert-capacity-factor or use "
+            "alltoall."
+        )
 
 
 def _context(resolved: ResolvedConfig) -> None:

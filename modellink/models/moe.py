@@ -177,15 +177,21 @@ class Experts(nn.Module):
         self.up_proj_bias, self.down_proj_bias = bias(ffn), bias(hidden)
         self.activation = ACTIVATIONS[config.activation]
         self.grouped, self.limit = config.moe_grouped_gemm, config.swiglu_limit
+        # parallelism hands in what this rank sees of a parameter (name, parameter): fewer experts, or narrower ones
+        self.local: Callable[[str, nn.Parameter], Tensor] | None = None
 
     def forward(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
         """Rows [R, D], the first counts_E[0] (int64 [E], sum R) of them for expert 0, and so on -> [R, D]."""
-        if self.grouped and has_grouped_kernel(x_RD, self.up_proj):
+        found: dict[str, Tensor] = dict(self.named_parameters())
+        if self.local is not None:
+            found = {name: self.local(name, parameter) for name, parameter in self.named_parameters()}
+        if self.grouped and has_grouped_kernel(x_RD, found["up_proj"]):
             ends_E, counts = counts_E.cumsum(0, dtype=torch.int32), None
         else:
             ends_E, counts = None, counts_E.tolist()
 
-        def project(x_RD: Tensor, weight_EFD: Tensor, bias_EF: Tensor | None) -> Tensor:
+        def project(x_RD: Tensor, name: str) -> Tensor:
+            weight_EFD, bias_EF = found[name], found.get(f"{name}_bias")
             if ends_E is not None:
                 y_RF = _grouped_product(x_RD, weight_EFD, ends_E)
             else:
@@ -193,11 +199,10 @@ class Experts(nn.Module):
                 y_RF = torch.cat([F.linear(part, weight) for part, weight in parts])
             return y_RF if bias_EF is None else y_RF + bias_EF.repeat_interleave(counts_E, 0, output_size=len(y_RF))
 
-        up_RF = project(x_RD, self.up_proj, self.up_proj_bias)
+        up_RF = project(x_RD, "up_proj")
         if self.gate_proj is None:
-            return project(self.activation(up_RF), self.down_proj, self.down_proj_bias)
-        gate_RF = project(x_RD, self.gate_proj, self.gate_proj_bias)
-        return project(self._gate(gate_RF, up_RF), self.down_proj, self.down_proj_bias)
+            return project(self.activation(up_RF), "down_proj")
+        return project(self._gate(project(x_RD, "gate_proj"), up_RF), "down_proj")
 
     def _gate(self, gate_RF: Tensor, up_RF: Tensor) -> Tensor:
         if self.limit is None:
@@ -268,8 +273,9 @@ class MoE(nn.Module):
         gated = config.n_shared_experts and config.shared_expert_gate
         width = config.shared_expert_gate_dimension
         self.shared_expert_gate = nn.Linear(config.hidden_size, width, bias=False) if gated else None
-        # expert parallelism hands in another way of running the sorted rows
+        # expert parallelism hands in another way of running the sorted rows, or of everything after the router
         self.run_experts: Callable[[Tensor, Tensor], Tensor] | None = None
+        self.run_routed: Callable[[Tensor, Routing], Tensor] | None = None
         self.mean_over_sequence: Callable[[Tensor], Tensor] | None = None  # context parallelism hands it in
         self.token_weight: Tensor | float | None = None  # see the top of this module
         # sums over the backward passes since `reset_statistics`: auxiliary losses, times their coefficients and
@@ -281,7 +287,7 @@ class MoE(nn.Module):
         """[B, S, D] -> [B, S, D]."""
         x_TD = x_BSD.flatten(0, -2)
         routing = self.gate(x_TD)
-        y_TD = self._routed(x_TD, routing)
+        y_TD = (self.run_routed or self._routed)(x_TD, routing)
         if self.shared_experts is not None:
             shared_TD = self.shared_experts(x_TD)
             if self.shared_expert_gate is not None:

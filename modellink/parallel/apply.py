@@ -19,11 +19,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from modellink.config.schema import ModelConfig, ParallelConfig
 from modellink.models.decoder import Decoder
 from modellink.models.init import initial_value
+from modellink.models.moe import Experts
 from modellink.parallel.context import ContextParallel, apply_context_parallel
+from modellink.parallel.expert import apply_expert_parallel
 from modellink.parallel.pipeline import Pipeline, StageSpec, stage_specs
 from modellink.parallel.recompute import apply_recompute
 from modellink.parallel.shard import copy_full_into
@@ -84,6 +87,8 @@ def apply_data_parallel(model: Decoder, topology: Topology, compute_dtype: torch
     if topology.size("dp_replicate") == 1:
         mesh = topology.mesh["dp_shard"]
     reshard = topology.zero_stage == 3 and topology.size("pp") == 1
+    if topology.experts is not None:
+        _shard_experts(model, topology, policy, reshard)
     for layer in model.layers.values():
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=kept)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=kept)
@@ -92,6 +97,24 @@ def apply_data_parallel(model: Decoder, topology: Topology, compute_dtype: torch
             # the loss is already divided by the global token count; gloo knows no scaled sums
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _shard_experts(model: Decoder, topology: Topology, policy: MixedPrecisionPolicy, reshard: bool) -> None:
+    """The same for experts, over the data ranks that hold the same ones."""
+    assert topology.experts is not None and model.config.num_experts
+    mesh = topology.experts["expert_replicate", "expert_shard"]
+    even = model.config.num_experts // topology.size("ep") % topology.size("expert_shard") == 0
+
+    def place(parameter: nn.Parameter) -> Shard | None:
+        if even:
+            return None
+        # too few experts on a rank to deal out: the hidden size is what no other axis splits
+        hidden = [dim for dim, size in enumerate(parameter.shape) if dim and size == model.config.hidden_size]
+        return Shard(hidden[-1]) if hidden else None
+
+    for module in model.modules():
+        if isinstance(module, Experts):
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, shard_placement_fn=place)
 
 
 def materialise(model: Decoder, device: torch.device, seed: int | None) -> None:
@@ -132,6 +155,7 @@ def build_model(
         if topology.size("tp") > 1:
             apply_tensor_parallel(chunk, topology.mesh["tp"], parallel.sequence_parallel)
         chunk.causal = parallel.cp_attention_mask_type == "causal"
+        apply_expert_parallel(chunk, topology, parallel)
         if context is not None:
             apply_context_parallel(chunk, context)
         apply_recompute(chunk, parallel)

@@ -58,7 +58,14 @@ def check_replicas(model: ParallelModel) -> None:
     """
     topology, named = model.topology, model.named_parameters()
     found = _deviating([(n, p) for n, p in named if _replicated_over_tensor(p)], topology.group("tp"))
-    found += _deviating(list(named), topology.group("dp_replicate"))
+    # with expert parallelism experts lie on a mesh of their own
+    shared: list[tuple[str, Tensor]] = [
+        (n, p) for n, p in named if topology.experts is None or ".mlp.experts." not in n
+    ]
+    found += _deviating(shared, topology.group("dp_replicate"))
+    if topology.experts is not None:
+        experts: list[tuple[str, Tensor]] = [(n, p) for n, p in named if ".mlp.experts." in n]
+        found += _deviating(experts, topology.group("expert_replicate"))
     pipeline = topology.group("pp")
     if pipeline is not None and model.chunks[0].config.tie_word_embeddings:
         found += _compare_ends(model, pipeline)

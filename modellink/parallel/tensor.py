@@ -56,18 +56,23 @@ class ReplicatedEmbedding(ParallelStyle):
         return distribute_module(module, device_mesh, self._partition, enter, leave)
 
 
+OWN = "experts."  # parameters that `expert.split_experts` splits
+
+
 class LocalRegion:
     """Runs `module` on this rank's shards as plain tensors; what the ranks return are parts of one sum.
 
     Activations arrive and leave as they lie `between` blocks; None: arguments and result are split over heads already.
-    Replicated parameters meet another part of the work on every rank, so their gradients are partial sums too.
+    Experts look after their own parameters. Replicated ones meet another part of the work on every rank, so their
+    gradients are partial sums too.
     """
 
     def __init__(self, module: nn.Module, mesh: DeviceMesh, between: Shard | Replicate | None) -> None:
         self.module, self.mesh, self.between = module, mesh, between
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        local = {name: self._local(name, parameter) for name, parameter in self.module.named_parameters()}
+        named = self.module.named_parameters()
+        local = {name: self._local(name, p) for name, p in named if not name.startswith(OWN)}
         if self.between is None:
             return functional_call(self.module, local, (x, *args), kwargs)
         whole = DTensor.from_local(x, self.mesh, [self.between], run_check=False).redistribute(placements=[Replicate()])
@@ -98,6 +103,8 @@ def apply_local_regions(model: Decoder, mesh: DeviceMesh, between: Shard | Repli
             regions.append(f"{name}.mlp")
     for region in regions:
         for name, parameter in list(model.get_submodule(region).named_parameters(prefix=region)):
+            if name.startswith(f"{region}.{OWN}"):
+                continue
             dim = split_dimension(name)
             placement = Replicate() if dim is None else Shard(dim)
             split = distribute_tensor(parameter, mesh, [placement], src_data_rank=None)

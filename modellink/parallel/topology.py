@@ -3,12 +3,14 @@ slowest).
 
 Two meshes over the same ranks say the same in two ways. `mesh` is how weights lie: ranks of one context hold the same
 weights, so they shard or replicate them as data ranks do, and its dp axes contain cp. `data` is how a batch lies: rows
-over dp, positions over cp. World size 1 has no mesh at all, so single-device code takes no detour. Axes of size 1 never
-communicate.
+over dp, positions over cp. With expert parallelism `experts` is how experts lie: over neighbouring data and context
+ranks, sharded or replicated over the others. World size 1 has no mesh at all, so single-device code takes no detour.
+Axes of size 1 never communicate.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from datetime import timedelta
 
@@ -23,6 +25,7 @@ from modellink.errors import ModelLinkError
 
 WEIGHTS = ("pp", "dp_replicate", "dp_shard", "tp")
 DATA = ("pp", "dp", "cp", "tp")
+EXPERTS = ("pp", "expert_replicate", "expert_shard", "ep", "tp")
 
 
 def launched_world_size() -> int:
@@ -89,15 +92,22 @@ class Topology:
             "dp_shard": copies // replicas,
             "dp": self.dp,
             "cp": context,
+            "ep": parallel.expert_parallel,
             "tp": tensor,
         }
-        self.mesh: DeviceMesh | None = None
-        self.data: DeviceMesh | None = None
-        if self.world_size > 1:
-            self.mesh, self.data = (
-                init_device_mesh(device.device_type(), tuple(self.sizes[a] for a in axes), mesh_dim_names=axes)
-                for axes in (WEIGHTS, DATA)
-            )
+        same_experts = copies // parallel.expert_parallel  # ranks that hold the same experts, or shards of them
+        self.sizes["expert_replicate"] = math.gcd(replicas, same_experts)
+        self.sizes["expert_shard"] = same_experts // self.sizes["expert_replicate"]
+        self.mesh, self.data = self._new_mesh(WEIGHTS), self._new_mesh(DATA)
+        self.experts = self._new_mesh(EXPERTS) if parallel.expert_parallel > 1 else None
+
+    def _new_mesh(self, axes: tuple[str, ...]) -> DeviceMesh | None:
+        if self.world_size == 1:
+            return None
+        return init_device_mesh(device.device_type(), tuple(self.sizes[a] for a in axes), mesh_dim_names=axes)
+
+    def _mesh_of(self, axis: str) -> DeviceMesh | None:
+        return self.mesh if axis in WEIGHTS else self.data if axis in DATA else self.experts
 
     def size(self, axis: str) -> int:
         """Number of ranks along `axis`."""
@@ -105,12 +115,12 @@ class Topology:
 
     def coordinate(self, axis: str) -> int:
         """This rank's place along `axis`."""
-        mesh = self.mesh if axis in WEIGHTS else self.data
+        mesh = self._mesh_of(axis)
         return mesh.get_local_rank(axis) if mesh is not None else 0
 
     def group(self, axis: str) -> dist.ProcessGroup | None:
         """Process group along `axis`, None where the axis has one rank."""
-        mesh = self.mesh if axis in WEIGHTS else self.data
+        mesh = self._mesh_of(axis)
         return mesh.get_group(axis) if mesh is not None and self.sizes[axis] > 1 else None
 
     @property

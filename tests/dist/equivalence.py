@@ -71,6 +71,13 @@ MODELS: dict[str, dict[str, Any]] = {
         "swiglu_limit": 1.5, "moe_layer_freq": 2, "n_shared_experts": 1, "shared_expert_gate": True,
         "expert_capacity_factor": 1.2, "sliding_window": 6, "window_layers": "even", "rope_theta_window": 100.0,
     },
+    "padded": LLAMA
+    | {
+        "num_experts": 4, "moe_ffn_hidden_size": 24, "expert_capacity_factor": 1.0, "pad_experts_to_capacity": True,
+        "token_drop_policy": "position", "aux_loss_coeff": 0.05,
+    },
+    # three experts a rank, which two data ranks cannot deal out evenly
+    "odd": LLAMA | {"num_experts": 6, "moe_ffn_hidden_size": 24, "mlp_bias": True},
     # gpt-oss's attention: sinks, a window with a rotation of its own on every second layer
     "sinks": LLAMA
     | {"attention_sinks": True, "sliding_window": 6, "window_layers": "even", "rope_theta_window": 100.0},

@@ -84,6 +84,8 @@ HALF: dict[int, list[tuple[str, dict[str, Any], int]]] = {
         ("sigmoid", TP, 2),
         ("gpt", PP, 2),
         ("moe", {"zero_stage": 1}, 2),
+        ("deepseek", {"zero_stage": 1, "expert_parallel": 2}, 2),
+        ("llama", {"context_parallel": 2, "context_parallel_algo": "megatron_cp_algo"}, 2),
     ],
     4: [("tied", SP | PP, 2), ("deepseek", SP | {"zero_stage": 1}, 2)],
     8: [("llama", SP | PP | {"zero_stage": 2}, 1)],

@@ -182,11 +182,11 @@ def test_harmless_values_pass_silently(argv: list[str]) -> None:
 
 
 def test_accepted_flags_warn_once_a_reason() -> None:
-    given = parse(["--use-flash-attn", "--use-mc2", "--context-parallel-algo", "megatron_cp_algo"], "train")
+    given = parse(["--use-flash-attn", "--use-mc2", "--lora-r", "8"], "train")
     warnings = check_statuses(given)
     assert len(warnings) == 2
     assert warnings[0].startswith("--use-flash-attn, --use-mc2: no effect")
-    assert "--context-parallel-algo" in warnings[1] and "not built yet" in warnings[1]
+    assert "--lora-r" in warnings[1] and "not built yet" in warnings[1]
 
 
 def test_abbreviations_hold_in_preprocess_only() -> None:

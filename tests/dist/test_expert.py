@@ -1,0 +1,71 @@
+"""Experts shared by ranks train like one process: both dispatchers, all routers, alone and with every other axis."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from equivalence import compare, run_cases, train
+from spawn import run_distributed
+
+TOLERANCE = 1e-5
+EP = {"expert_parallel": 2}
+GATHER = EP | {"moe_token_dispatcher_type": "allgather"}
+SP, PP = {"tensor_parallel": 2, "sequence_parallel": True}, {"pipeline_parallel": 2}
+RING = {"context_parallel": 2, "context_parallel_algo": "megatron_cp_algo"}
+CASES: dict[int, list[tuple[str, dict[str, Any], int]]] = {
+    2: [
+        ("moe", EP, 2),
+        ("moe", GATHER, 2),
+        ("moe", EP | {"zero_stage": 1}, 2),
+        ("moe", EP | {"zero_stage": 3, "recompute_granularity": "full"}, 2),
+        ("deepseek", EP | {"zero_stage": 2}, 2),
+        ("deepseek", GATHER | {"zero_stage": 3}, 2),
+        ("sigmoid", EP, 2),
+        ("sigmoid", EP | {"zero_stage": 1}, 2),
+        ("deepseek", EP | RING, 2),
+        ("padded", EP, 2),
+    ],
+    4: [
+        ("moe", EP | {"zero_stage": 3}, 1),
+        ("deepseek", {"expert_parallel": 4, "zero_stage": 1}, 1),
+        ("sigmoid", EP | SP, 2),
+        ("deepseek", EP | SP | {"zero_stage": 1}, 2),
+        ("moe", GATHER | SP | {"zero_stage": 3}, 2),
+        ("moe", EP | PP | {"zero_stage": 1}, 2),
+        ("sigmoid", EP | {"zero_stage": 1, "data_parallel_replicas": 2}, 1),
+        ("deepseek", {"expert_parallel": 4, "zero_stage": 0} | RING, 2),
+        ("odd", {"expert_parallel": 2, "zero_stage": 1}, 1),
+    ],
+    8: [
+        ("deepseek", EP | SP | PP | {"zero_stage": 1}, 2),
+        ("moe", EP | SP | RING | {"zero_stage": 3}, 2),
+        ("deepseek", EP | PP | RING | {"zero_stage": 2, "layers_per_virtual_stage": 1}, 2),
+    ],
+}
+
+
+def name_of(case: tuple[str, dict[str, Any], int]) -> str:
+    model, parallel, _ = case
+    return "-".join([model, *(f"{key}={value}" for key, value in parallel.items())])
+
+
+@pytest.fixture(scope="module", params=sorted(CASES), ids=lambda world: f"{world}-ranks")
+def results(request: pytest.FixtureRequest) -> tuple[int, list[list[dict[str, Any]]]]:
+    world = request.param
+    return world, run_distributed(run_cases, world, CASES[world], [], timeout=300)
+
+
+@pytest.mark.dist
+def test_shared_experts_equal_one_process(results: tuple[int, list[list[dict[str, Any]]]]) -> None:
+    world, per_rank = results
+    wrong = {}
+    references: dict[tuple[str, int], dict[str, Any]] = {}
+    for place, case in enumerate(CASES[world]):
+        model, _, micro_batch = case
+        if (model, micro_batch) not in references:
+            references[model, micro_batch] = train(model, {}, micro_batch)
+        errors = compare([rank[place] for rank in per_rank], references[model, micro_batch])
+        if max(errors.values()) > TOLERANCE:
+            wrong[name_of(case)] = errors
+    assert not wrong
