@@ -255,7 +255,7 @@ class MegatronFolder:
         router = found.get(f"{match[1]}router.weight")
         experts = router.shape[0] // self.sizes.expert if router is not None else 0
         outer = 1 if match[2] == "1" else 0
-        if len(group.shape) != 2 or experts < 1 or group.shape[outer] % experts or group.stride[1] != 1:
+        if len(group.shape) != 2 or experts < 1 or group.shape[outer] % experts or not group.is_contiguous:
             raise ModelLinkError(f"{self._file(rank)}: {name!r} does not divide into the experts of its router.")
         columns = group.shape[1] // (experts if outer else 1)
         rows = group.shape[0] // (1 if outer else experts)
@@ -307,6 +307,8 @@ class MegatronFolder:
                     split = self._shares[name][0].shape[0] != full[0][0]
                     place = place._replace(row=place.row._replace(cut="rows" if split else "whole"))
                 self._check_shapes(name, place.row, [shape[place.experts is not None :] for shape in full])
+            if len(dtypes := {share.dtype for name in place.names for share in self._shares[name]}) > 1:
+                raise ModelLinkError(f"{self.step}: {place.name!r} is stored as {' and as '.join(map(str, dtypes))}.")
             plan[place.name] = place
         head = f"{TIED_HEAD[self.dialect]}.weight"
         for name in self._shares.keys() - {name for place in plan.values() for name in place.names}:

@@ -52,6 +52,10 @@ class _Storage(NamedTuple):
     numel: int
 
 
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+
+
 @dataclass(frozen=True)
 class FileTensor:
     """A tensor in a file; `read` maps it. `offset` and `stride` count elements within `storage`."""
@@ -66,6 +70,10 @@ class FileTensor:
     @property
     def dtype(self) -> torch.dtype:
         return self.storage.dtype
+
+    @property
+    def is_contiguous(self) -> bool:
+        return self.stride == _strides(self.shape)
 
     def read(self) -> Tensor:
         """The tensor, backed by the file's own pages; writing to it changes neither file nor other tensors."""
@@ -248,10 +256,9 @@ class TorchFileWriter:
         """Write a tensor whose values come in `pieces`, one after the other."""
         storage = _Storage(dtype, str(self._count), math.prod(shape))
         self._count += 1
-        strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
         flat = (bytes_N.numpy() for piece in pieces for bytes_N in byte_pieces(piece))
         start = self._write(f"data/{storage.key}", storage.numel * dtype.itemsize, flat)
-        return FileTensor(self.file, start, storage, 0, shape, tuple(strides))
+        return FileTensor(self.file, start, storage, 0, shape, _strides(shape))
 
     def close(self, content: Any) -> None:
         """Write the pickle and make the file durable."""

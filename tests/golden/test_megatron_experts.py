@@ -142,6 +142,23 @@ def test_names_and_cuts_of_every_part(tmp_path: Path) -> None:
     assert_same(found, wanted)
 
 
+def test_dense_layers_are_those_of_the_whole_model(tmp_path: Path) -> None:
+    """Two of six layers are dense; in every chunk layers count from 0."""
+    config, state = random_model("deepseek v2", num_layers=6, first_k_dense_replace=2)
+    write_megatron(tmp_path / "chunks", state.items(), config, Layout("mcore", 1, 3, None, 1))
+    write_megatron(tmp_path / "uneven", state.items(), config, Layout("mcore", 1, 2, (1, 5)))
+    for stage in range(3):
+        for chunk in range(2):
+            model = flattened(contents(tmp_path / "chunks", f"00_00{stage}")[f"model{chunk}"])
+            layer = 3 * chunk + stage
+            assert ("decoder.layers.0.mlp.router.weight" in model) == (layer >= 2)
+            assert ("decoder.layers.0.mlp.linear_fc1.weight" in model) == (layer < 2)
+            norm = model["decoder.layers.0.input_layernorm.weight"].read()
+            assert torch.equal(norm, state[f"layers.{layer}.input_layernorm.weight"])
+    routers = [name for name in model_of(tmp_path / "uneven", "00_001") if name.endswith("router.weight")]
+    assert routers == [f"decoder.layers.{layer}.mlp.router.weight" for layer in range(1, 5)]
+
+
 def test_grouped_experts_lie_one_after_the_other_transposed(tmp_path: Path) -> None:
     config, state = random_model("mixtral", num_layers=1)
     layout = Layout("mcore", 2, expert_parallel=2, grouped_experts=True)
@@ -233,6 +250,9 @@ def damage(kind: str, folder: Path) -> None:
         name = "decoder.layers.0.self_attention.linear_qkv.weight"
         for path in step.glob("mp_rank_01_000_*"):
             rewrite(path / FILE, lambda model: model[name].add_(1))
+    elif kind == "two dtypes":
+        name = "decoder.layers.0.mlp.experts.local_experts.1.linear_fc1.weight"
+        rewrite(step / "mp_rank_01_000_001" / FILE, lambda model: model.update({name: model[name].float()}))
     elif kind == "lost copy":
         name = "decoder.layers.0.input_layernorm.weight"
         rewrite(step / "mp_rank_01_000_001" / FILE, lambda model: model.pop(name))
@@ -250,6 +270,7 @@ DAMAGES = {
     "foreign copy": r"expert-parallel ranks disagree about 'decoder.layers.0.input_layernorm.weight'",
     "foreign router": r"tensor-parallel ranks disagree about 'decoder.layers.0.mlp.router.weight'",
     "foreign latents": r"tensor-parallel ranks disagree about 'decoder.layers.0.self_attention.linear_qkv.weight'",
+    "two dtypes": r"'decoder.layers.0.mlp.experts.local_experts.{}.linear_fc1.weight' is stored as .* and as ",
     "lost copy": r"'decoder.layers.0.input_layernorm.weight' is in the files of 3 ranks, not of all that share it",
     "lost expert": r"lacks 'decoder.layers.1.mlp.experts.local_experts.[13].linear_fc2.weight' of a model",
     "not a number": r"mp_rank_01_001_001.*'decoder.layers.3.mlp.experts.local_experts.3.linear_fc1.weight' holds NaN",

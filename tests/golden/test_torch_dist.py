@@ -1,7 +1,8 @@
 """Steps of Megatron-Core's distributed checkpointing (torch_dist): those Megatron itself wrote, and every key layout.
 
 megatron_core/*.tar.xz hold what Megatron-Core 0.16.1 saved of one model in several processes on the CPU, as torch_dist
-(iter_0000005) and as files of ranks (iter_0000006), and what its own loader then gave one process (state.pt).
+(iter_0000005) and as files of ranks (iter_0000006), and what its own loader then gave one process (state.pt); and of
+the model with experts alone what that process computed (logits.pt), as its latent attention needs a GPU.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from modellink.checkpoint.megatron import MegatronFolder, find_step
 from modellink.checkpoint.megatron_names import cut, find_place
 from modellink.config.schema import ModelConfig
 from modellink.errors import ModelLinkError
+from modellink.models.decoder import Decoder
 
 OWN = Path(__file__).parent / "megatron_core"
 SIZES = {
@@ -84,6 +86,16 @@ def test_what_megatron_wrote_is_what_megatron_reads(name: str, tmp_path: Path) -
         stated.family = config.family
         assert stated == config
         assert_same(under_megatrons_names(dict(files.tensors(config)), config, latent), wanted)
+
+
+@torch.no_grad()
+def test_megatrons_logits(tmp_path: Path) -> None:
+    folder = unpacked("experts_tp2_ep2", tmp_path)
+    files, wanted = MegatronFolder(folder / "iter_0000006"), torch.load(folder / "logits.pt", weights_only=True)
+    model = Decoder(files.config()).eval()
+    model.load_state_dict(dict(files.tensors(model.config)))
+    assert wanted["logits"].std() > 0.1
+    torch.testing.assert_close(model(wanted["tokens"]), wanted["logits"], atol=1e-5, rtol=0)
 
 
 def test_its_tracker_names_the_step_and_it_converts(tmp_path: Path) -> None:
