@@ -328,6 +328,8 @@ def parse(argv: Sequence[str], program: str) -> list[Given]:
     namespace, unknown = build_parser(program).parse_known_args(list(argv))
     table = flags(program)
     for text in unknown:
+        if not text.strip(" \t\\"):
+            continue  # a blank behind the backslash that should end its line makes a word of nothing
         name = text.split("=")[0]
         if name.startswith("-"):
             raise ModelLinkError(f"unknown flag {name}.{_suggest_flag(name, program)}")
