@@ -35,6 +35,7 @@ from modellink.checkpoint.hf_config import (
 from modellink.checkpoint.hf_files import SAFE_INDEX, HFWeights, StoredTensor
 from modellink.checkpoint.hf_shards import WRITER, Entry, ShardFiles
 from modellink.checkpoint.mapping import HFTensor, is_ignored, layout_of, to_hf
+from modellink.checkpoint.skeleton import expected_shapes
 from modellink.config.schema import ModelConfig
 from modellink.errors import ModelLinkError
 from modellink.files import replace_folder, sync_folder
@@ -42,7 +43,19 @@ from modellink.models.decoder import Decoder
 from modellink.models.families import FAMILIES
 from modellink.parallel.shard import copy_full_into, local_tensor
 
-__all__ = ["HFWeights", "family_of", "is_hf_folder", "load_hf", "read_config", "read_extras", "read_hf", "save_hf"]
+__all__ = [
+    "HFReader",
+    "HFWeights",
+    "HFWriter",
+    "expected_shapes",
+    "family_of",
+    "is_hf_folder",
+    "load_hf",
+    "read_config",
+    "read_extras",
+    "read_hf",
+    "save_hf",
+]
 
 _VOCABULARY = ("embed_tokens.weight", "lm_head.weight", "lm_head.bias")
 _EMBEDDING, _HEAD = _VOCABULARY[:2]
@@ -118,12 +131,6 @@ def read_hf(folder: str | Path, config: ModelConfig, *, progress: bool = True) -
 def _open(folder: str | Path, config: ModelConfig) -> HFWeights:
     family = FAMILIES.get(config.family)
     return HFWeights(folder, family.prefix, family.inner)
-
-
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Canonical name -> full shape of every parameter of the whole model (the vocabulary padded as `config` says)."""
-    with torch.device("meta"):
-        return {name: tuple(parameter.shape) for name, parameter in Decoder(config).named_parameters()}
 
 
 def _check_folder(weights: HFWeights, config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, HFTensor]:

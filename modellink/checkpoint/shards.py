@@ -40,6 +40,7 @@ from modellink.checkpoint.megatron_files import FileTensor, read_torch_file
 from modellink.errors import ModelLinkError, RunFailure
 
 INDEX = ".metadata"
+_ALIGNMENT = 64  # values can be mapped where they lie at a multiple of their size
 
 _RECORDS = {
     "torch.distributed.checkpoint.metadata": {
@@ -223,6 +224,7 @@ def write_shard(path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> list
     written = []
     with open(path, "wb") as handle:
         for name, tensor in tensors:
+            handle.write(bytes(-handle.tell() % _ALIGNMENT))
             offset = handle.tell()
             if tensor.untyped_storage().nbytes() != tensor.nbytes or not tensor.is_contiguous():
                 tensor = tensor.clone(memory_format=torch.contiguous_format)  # torch.save stores all of a storage

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from modellink.checkpoint.hf import without_padding
 from modellink.checkpoint.pump import SMALL, Part, Pump, Room, digests
+from modellink.checkpoint.skeleton import skeleton
 from modellink.checkpoint.source import Source
 from modellink.errors import RunFailure
 from modellink.models.decoder import Decoder
@@ -89,8 +90,7 @@ def compare_logits(
 def _logits(reader: _Reader) -> Tensor:
     """fp32 logits [S, V] of the fixed prompt, V without padding."""
     config = without_padding(reader.source.config)
-    with torch.device("meta"):
-        model = Decoder(config).eval()
+    model = skeleton(config).eval()
     _stream(model, reader)
     vocab, length = config.vocab_size or 1, min(PROMPT_LENGTH, config.max_position_embeddings or PROMPT_LENGTH)
     tokens_BS = torch.tensor([[(7919 * place + 11) % vocab for place in range(length)]])
@@ -176,12 +176,10 @@ def _empty(module: nn.Module, inputs: Any, output: Any, *, parameters: Mapping[s
 
 def _largest_module(source: Source) -> int:
     """Bytes in fp32 of the largest set of parameters that is in memory at once, matrices apart."""
-    with torch.device("meta"):
-        model = Decoder(without_padding(source.config))
     streamed = (nn.Linear, nn.Embedding, NormalizedLinear)
     return max(
         sum(4 * parameter.numel() for parameter in module.parameters(recurse=False))
-        for module in model.modules()
+        for module in skeleton(without_padding(source.config)).modules()
         if type(module) not in streamed
     )
 
