@@ -228,11 +228,9 @@ def _layout(resolved: ResolvedConfig) -> None:
 def _experts(resolved: ResolvedConfig) -> None:
     """Experts that their ranks can share."""
     config, size = resolved.config, resolved.config.parallel.expert_parallel
-    if size == 1:
+    if size == 1 or resolved.program != "train":
         return
     given = _given(resolved, "parallel.expert_parallel")
-    if resolved.program != "train":
-        raise ModelLinkError(f"{given} is for training: leave it out of {resolved.program}.")
     if not config.model.num_experts:
         raise ModelLinkError(f"{given} splits experts, but the model has none: leave it out or give --num-experts.")
     if config.model.num_experts % size:
@@ -257,10 +255,8 @@ def _context(resolved: ResolvedConfig) -> None:
     given = _given(resolved, "parallel.context_parallel")
     if algorithm != "hybrid_cp_algo" and degree is not None and size > 1:
         resolved.warnings.append("--ulysses-degree-in-cp: no effect without --context-parallel-algo hybrid_cp_algo")
-    if size == 1:
+    if size == 1 or resolved.program != "train":
         return
-    if resolved.program != "train":
-        raise ModelLinkError(f"{given} is for training: leave it out of {resolved.program}.")
     if algorithm == "hybrid_cp_algo" and (degree is None or not 1 < degree < size or size % degree):
         raise ModelLinkError(
             f"{given} with --context-parallel-algo hybrid_cp_algo needs --ulysses-degree-in-cp, a divisor of {size} "

@@ -66,7 +66,8 @@ def save_state(
 
     `hf_extras` are keys of a config.json that no option holds (token ids, ...), for a later export.
     """
-    tensors = {f"model.{name}": tensor for name, tensor in engine.optimizer.master_state().items()}
+    weights = {**engine.optimizer.master_state(), **_fixed_weights(engine)}
+    tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
     extra: dict[str, Any] = {"progress": asdict(progress), "layout": _layout(engine), "hf_extras": hf_extras}
     if config.save_optimizer:
         states: dict[str, Any] = dict(engine.optimizer.state_dict())
@@ -78,10 +79,16 @@ def save_state(
     store.save(progress.iteration, tensors, extra=extra, per_rank=per_rank, config_text=config_text)
 
 
+def _fixed_weights(engine: Engine) -> dict[str, Tensor]:
+    """The parameters that no optimizer moves, sharing storage with the model."""
+    return {name: p.detach() for name, p in engine.model.named_parameters() if not p.requires_grad}
+
+
 def load_weights(store: CheckpointStore, engine: Engine, step: int | None) -> dict[str, Any]:
     """Read only the weights, at any layout; returns the step's small state."""
     masters = engine.optimizer.master_state()
-    extra = store.load({f"model.{name}": t for name, t in masters.items()}, step, prefix="model.")
+    weights = {**masters, **_fixed_weights(engine)}
+    extra = store.load({f"model.{name}": t for name, t in weights.items()}, step, prefix="model.")
     engine.optimizer.load_master_state(masters)
     return extra
 

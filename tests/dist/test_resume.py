@@ -180,19 +180,32 @@ CHANGES = {
         2,
         [*TP2, "--sequence-parallel"],
     ),
+    "cp2 to one": (2, ["--context-parallel-size", "2"], 1, []),
     "tp2 pp2 to dp2": (4, [*TP2, *PP2], 2, ["--use-distributed-optimizer"]),
     "uneven pp2 to tp2 dp2": (2, [*PP2, "--num-layer-list", "3,1"], 4, [*TP2, "--zero-stage", "2"]),
 }
 
 
-def test_resumed_at_another_layout(runs: Runs) -> None:
-    runs.add("whole")
-    for name, (before, flags, after, other) in CHANGES.items():
-        runs.add(f"{name} first", *flags, "--exit-interval", "6", ranks=before)
-        runs.add(f"{name} second", *other, "--no-load-rng", ranks=after, load=f"{name} first")
-    expect_all(runs.perform(), [0] * (1 + 2 * len(CHANGES)))
+SPARSE = """--num-experts 4 --moe-intermediate-size 32 --n-shared-experts 1 --router-scoring sigmoid
+--router-correction-bias --first-k-dense-replace 1 --moe-aux-loss-coeff 0.01 --seq-aux""".split()
+EP2, CP2 = ["--expert-model-parallel-size", "2"], ["--context-parallel-size", "2"]
+SPARSE_CHANGES = {
+    "one to ep2": (1, [], 2, EP2),
+    "ep2 zero1 to tp2": (2, [*EP2, "--use-distributed-optimizer"], 2, TP2),
+    "tp2 to ep2 cp2": (2, TP2, 2, [*EP2, *CP2]),
+    "ep2 pp2 to ep2 dp4 zero3": (4, [*EP2, *PP2], 4, [*EP2, "--zero-stage", "3"]),
+}
+
+
+@pytest.mark.parametrize(("common", "changes"), [([], CHANGES), (SPARSE, SPARSE_CHANGES)], ids=["dense", "sparse"])
+def test_resumed_at_another_layout(runs: Runs, common: list[str], changes: dict[str, Any]) -> None:
+    runs.add("whole", *common)
+    for name, (before, flags, after, other) in changes.items():
+        runs.add(f"{name} first", *common, *flags, "--exit-interval", "6", ranks=before)
+        runs.add(f"{name} second", *common, *other, "--no-load-rng", ranks=after, load=f"{name} first")
+    expect_all(runs.perform(), [0] * (1 + 2 * len(changes)))
     whole = runs.losses("whole")
-    for name in CHANGES:
+    for name in changes:
         resumed = runs.losses(f"{name} second")
         assert list(resumed) == list(range(7, ITERATIONS + 1)), name
         worst = max(abs(resumed[i][0] / whole[i][0] - 1) for i in resumed)
