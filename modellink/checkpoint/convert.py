@@ -24,7 +24,6 @@ from typing import Any
 import torch
 
 import modellink
-from modellink.checkpoint import verify as verification
 from modellink.checkpoint.hf import check_replaceable, is_hf_folder
 from modellink.checkpoint.lora import Adapter, Merge, open_adapter
 from modellink.checkpoint.megatron import Layout, check_writable, find_step, is_distributed
@@ -39,6 +38,7 @@ from modellink.checkpoint.source import (
     open_native,
 )
 from modellink.checkpoint.store import holds_native
+from modellink.checkpoint.verify import verify
 from modellink.checkpoint.work import WorkFolder, fingerprint
 from modellink.config.load import dump_config, load_config
 from modellink.config.resolved import ResolvedConfig
@@ -131,14 +131,11 @@ class _Job:
         return MegatronSink(folder, self.source, pump.size, self.layout)
 
     def _verify(self, folder: Path, pump: Pump, sent: dict[str, str]) -> tuple[float | None, str | None]:
-        """Read `folder` back under the configuration of the source, then compute with its own."""
-        config = self.source.config
+        """Read `folder` back, as its own configuration describes it."""
         written = self._reopen(folder)
-        own, written.config = written.config, dataclasses.replace(config, padded_vocab_size=config.vocab_size)
-        groups = [list(group) for group in written.groups]
-        verification.check_tensors(Pump(written, None, self.workers, self.progress), groups, sent, str(self.target))
-        written.config = dataclasses.replace(own, vocab_size=config.vocab_size)
-        return verification.compare_logits(self.source, written, pump.dtypes)
+        written.config = dataclasses.replace(written.config, vocab_size=self.source.config.vocab_size)
+        reader = Pump(written, None, self.workers, self.progress)
+        return verify(self.source, reader, pump.dtypes, sent, str(self.target))
 
     def _reopen(self, folder: Path) -> Source:
         if self.to == "hf":
@@ -278,9 +275,7 @@ def convert(
         grouped_experts,
     )
     if to not in MEGATRON and layout != Layout(to):
-        raise ModelLinkError(
-            f"the format {to} loads at every layout: leave out the sizes, which shape Megatron's files."
-        )
+        raise ModelLinkError(f"the format {to} loads at every layout: leave out the sizes, they shape Megatron's.")
     adapter = None
     if lora_load is not None:
         adapter = open_adapter(lora_load, rank=lora_r, alpha=lora_alpha, targets=lora_target_modules)
