@@ -38,7 +38,7 @@ from modellink.checkpoint.source import (
     open_native,
 )
 from modellink.checkpoint.store import holds_native
-from modellink.checkpoint.verify import verify
+from modellink.checkpoint.verify import verify_written
 from modellink.checkpoint.work import WorkFolder, fingerprint
 from modellink.config.load import dump_config, load_config
 from modellink.config.resolved import ResolvedConfig
@@ -135,7 +135,7 @@ class _Job:
         written = self._reopen(folder)
         written.config = dataclasses.replace(written.config, vocab_size=self.source.config.vocab_size)
         reader = Pump(written, None, self.workers, self.progress)
-        return verify(self.source, reader, pump.dtypes, sent, str(self.target))
+        return verify_written(self.source, reader, pump.dtypes, sent, str(self.target))
 
     def _reopen(self, folder: Path) -> Source:
         if self.to == "hf":
@@ -275,7 +275,7 @@ def convert(
         grouped_experts,
     )
     if to not in MEGATRON and layout != Layout(to):
-        raise ModelLinkError(f"the format {to} loads at every layout: leave out the sizes, they shape Megatron's.")
+        raise ModelLinkError(f"the format {to} loads at every layout: leave out the sizes of Megatron's files.")
     adapter = None
     if lora_load is not None:
         adapter = open_adapter(lora_load, rank=lora_r, alpha=lora_alpha, targets=lora_target_modules)

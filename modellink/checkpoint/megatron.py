@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ _MODEL = re.compile(r"model(\d*)")
 _LOCAL = re.compile(r"(?<=\.local_experts\.)\d+(?=\.)")
 _GROUPED = re.compile(r"(.*\.mlp\.)experts\.weight([12])")
 _STATE = re.compile(r"_extra_state\d*$")
+_FURTHER = "mtp."
 _SIZES = {
     "tensor_model_parallel_size": "tensor",
     "pipeline_model_parallel_size": "stage",
@@ -95,6 +97,13 @@ class MegatronFolder:
             first = self._contents[Rank(0)]
             self.dialect = LEGACY if "language_model" in first.get("model", first.get("model0", {})) else MCORE
             self._shares = self._collect()
+        if further := {name for name in self._shares if name.startswith(_FURTHER)}:
+            print(
+                f"modellink: warning: {step}: {len(further)} tensors that predict further tokens are left out, one of "
+                f"them {min(further)}.",
+                file=sys.stderr,
+            )
+            self._shares = {name: shares for name, shares in self._shares.items() if name not in further}
         self._upstream = any(".linear_kv_down_proj." in name for name in self._shares)
         self._known: tuple[ModelConfig, list[Place]] | None = None
 

@@ -232,6 +232,33 @@ def test_numbered_experts_of_other_builds_are_read(tmp_path: Path) -> None:
     assert_same(read_back(tmp_path / "out", config), state)
 
 
+def test_latents_of_other_builds_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The projections into latents apart and whole on every rank, norms fused into those out of them, and a layer that
+    predicts a further token."""
+    config, state = random_model("deepseek v2", num_layers=2)
+    write_megatron(tmp_path / "out", state.items(), config, Layout("mcore", 2, 1))
+
+    def change(model: dict[str, Any]) -> None:
+        for layer in range(2):
+            place = f"decoder.layers.{layer}.self_attention."
+            down = model.pop(f"{place}linear_qkv.weight")
+            model[f"{place}linear_q_down_proj.weight"], model[f"{place}linear_kv_down_proj.weight"] = down.split(
+                (12, 14)
+            )
+            for ours, theirs, norm in (
+                ("linear_qb", "linear_q_up_proj", "q"),
+                ("linear_kvb", "linear_kv_up_proj", "k"),
+            ):
+                model[f"{place}{theirs}.weight"] = model.pop(f"{place}{ours}.weight")
+                model[f"{place}{theirs}.layer_norm_weight"] = model.pop(f"{place}{norm}_layernorm.weight")
+        model["mtp.layers.0.enorm.weight"] = torch.zeros(16)
+
+    for path in (tmp_path / "out").rglob(FILE):
+        rewrite(path, change)
+    assert_same(read_back(tmp_path / "out", config), state)
+    assert "1 tensors that predict further tokens are left out" in capsys.readouterr().err
+
+
 def damage(kind: str, folder: Path) -> None:
     step = folder / STEP
     if kind == "missing rank":
