@@ -91,7 +91,7 @@ class Pump:
         room = Room(max([SMALL, *(self.size(group) for part in parts for group in part.groups)]))
         stopped = threading.Event()
         names = [name for part in parts for group in part.groups for name in group]
-        with _bar(not self.progress) as bar, ThreadPoolExecutor(self.workers) as pool:
+        with progress_bar(not self.progress) as bar, ThreadPoolExecutor(self.workers) as pool:
             task = bar.add_task(title, total=self.size(names), tensors=0, of=len(names))
             counter = itertools.count(1)
 
@@ -181,7 +181,7 @@ def cut_parts(groups: Iterable[list[str]], size: Any, limit: int, name: str) -> 
     return parts
 
 
-def _bar(disable: bool) -> Progress:
+def progress_bar(disable: bool) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,20 +1,21 @@
 """Proof that a conversion kept the model: the written tensors are read back, and logits compared.
 
 The files are read again by the same code that will load them later, and every tensor's digest is compared with that of
-the tensor that was sent. Then source and target, each as its own configuration describes it, compute the fp32 logits of
-a fixed prompt, matrix by matrix: a matrix is read when its turn comes, some rows of it are cast to fp32 at a time, and
-it is dropped, so this too needs the memory of the largest tensor and not of the model. Experts are the exception: all
-of one layer are multiplied at once, so where they are too large for the memory that is free, the comparison is left
-out and the report says so.
+the tensor that was sent. On the way source and target, each as its own configuration describes it, compute the fp32
+logits of a fixed prompt, matrix by matrix: a matrix is read when its turn comes, some rows of it are cast to fp32 at a
+time, and it is dropped, so this too needs the memory of the largest tensor and not of the model. Experts are the
+exception: all of one layer are multiplied at once, so where they are too large for the memory that is free, the
+comparison is left out and the report says so.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modellink.checkpoint.digest import digest
 from modellink.checkpoint.hf import without_padding
-from modellink.checkpoint.pump import SMALL, Part, Pump, Room, digests
+from modellink.checkpoint.pump import SMALL, Part, Pump, Room, digests, progress_bar
 from modellink.checkpoint.skeleton import skeleton
 from modellink.checkpoint.source import Source
 from modellink.errors import RunFailure
@@ -36,45 +38,32 @@ TOLERANCE = 1e-4  # of the largest logit: the same numbers go through the same o
 _ROWS = 2 << 20  # bytes of fp32 that a matrix is cast to at a time
 
 
-def check_tensors(pump: Pump, groups: Sequence[list[str]], sent: Mapping[str, str], where: str) -> None:
-    """Read everything back through `pump` and compare digests; RunFailure names the first tensor that differs."""
-    lock = threading.Lock()
-    parts = [Part(str(number), [*groups[number :: pump.workers]]) for number in range(pump.workers)]
+def verify_written(
+    source: Source, pump: Pump, dtypes: Mapping[str, torch.dtype], sent: Mapping[str, str], where: str
+) -> tuple[float | None, str | None]:
+    """Compare what was written, the source of `pump`, with `source` and with the digests `sent` of what was written.
+
+    Returns (largest absolute difference of the fp32 logits of a fixed prompt, None), or (None, why they were not
+    computed). The source's weights are cast to `dtypes` first, so rounding does not count. RunFailure names the first
+    tensor that is not the one that was written, or says by how much the logits differ.
+    """
     found: dict[str, str] = {}
-
-    def check(part: Part, tensors: Iterator[dict[str, Tensor]]) -> None:
-        mine: dict[str, str] = {}
-        for _ in digests(tensors, mine):
-            pass
-        with lock:
-            found.update(mine)
-
-    pump.run([part for part in parts if part.groups], check, "Verifying tensors")
-    wrong = [name for name, digest in sent.items() if found.get(name) != digest]
+    needed, free = 2 * _largest_module(source), _free_memory()
+    results, skipped = [], None
+    if free is not None and needed > free // 2:
+        skipped = f"the experts of one layer need {needed >> 20} MiB in fp32, more than half of the free memory"
+    else:
+        results = _all_logits(source, pump, dtypes, found)
+    _read_back(pump, found)
+    wrong = [name for name, written in sent.items() if found.get(name) != written]
     if wrong or len(found) != len(sent):
         name = wrong[0] if wrong else next(iter(found.keys() - sent.keys()))
         raise RunFailure(
             f"verification failed: the tensor {name!r} read back from {where} is not the one that was written "
             f"({len(wrong)} differ); nothing was put there: check the disk and run the conversion again."
         )
-
-
-def compare_logits(
-    source: Source, target: Source, dtypes: Mapping[str, torch.dtype]
-) -> tuple[float | None, str | None]:
-    """(largest absolute difference of fp32 logits over a fixed prompt, None), or (None, why it was not computed).
-
-    The source's weights are cast to `dtypes` first, so rounding does not count. Raises RunFailure when the two
-    disagree.
-    """
-    needed, free = 2 * _largest_module(source), _free_memory()
-    if free is not None and needed > free // 2:
-        return None, f"the experts of one layer need {needed >> 20} MiB in fp32, more than half of the free memory"
-    room = Room(SMALL)
-    readers = [_Reader(each, dtypes, room) for each in (source, target)]
-    room.size = max(SMALL, *(size for reader in readers for size in reader.sizes.values()))
-    with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(_logits, readers))
+    if not results:
+        return None, skipped
     if torch.equal(*results):
         return 0.0, None
     difference, scale = float((results[0] - results[1]).abs().max()), float(results[0].abs().max())
@@ -84,6 +73,37 @@ def compare_logits(
             "the configuration of one of them does not say all of the architecture; nothing was written."
         )
     return difference, None
+
+
+def _read_back(pump: Pump, found: dict[str, str]) -> None:
+    """Add the digests of the tensors that are not in `found` yet."""
+    groups = [list(group) for group in pump.source.groups if not group.keys() <= found.keys()]
+    parts = [Part(str(number), groups[number :: pump.workers]) for number in range(pump.workers)]
+    lock = threading.Lock()
+
+    def check(part: Part, tensors: Iterator[dict[str, Tensor]]) -> None:
+        mine: dict[str, str] = {}
+        for _ in digests(tensors, mine):
+            pass
+        with lock:
+            found.update(mine)
+
+    if groups:
+        pump.run([part for part in parts if part.groups], check, "Verifying tensors")
+
+
+def _all_logits(source: Source, pump: Pump, dtypes: Mapping[str, torch.dtype], found: dict[str, str]) -> list[Tensor]:
+    """Logits of `source` and of the source of `pump`, at the same time; the digests of the latter's tensors."""
+    room = Room(SMALL)
+    readers = [_Reader(source, dtypes, room, None), _Reader(pump.source, dtypes, room, found)]
+    room.size = max(SMALL, *(size for reader in readers for size in reader.sizes.values()))
+    with progress_bar(not pump.progress) as bar, ThreadPoolExecutor(2) as pool:
+        counts = [len(reader.sizes) for reader in readers]
+        task = bar.add_task("Verifying", total=2 * pump.size(readers[0].sizes), tensors=0, of=sum(counts))
+        seen = itertools.count(1)
+        for reader in readers:
+            reader.moved = lambda name: bar.update(task, advance=pump.size([name]), tensors=next(seen))
+        return list(pool.map(_logits, readers))
 
 
 @torch.no_grad()
@@ -99,11 +119,17 @@ def _logits(reader: _Reader) -> Tensor:
 
 
 class _Reader:
-    """The tensors of a source by name; those that are read together with one are kept until they are asked for."""
+    """The tensors of a source by name; those that are read together with one are kept until they are asked for.
 
-    def __init__(self, source: Source, dtypes: Mapping[str, torch.dtype], room: Room) -> None:
-        self.source, self.dtypes, self.room = source, dtypes, room
+    Digests of everything that is read go into `found`, where there is one.
+    """
+
+    def __init__(
+        self, source: Source, dtypes: Mapping[str, torch.dtype], room: Room, found: dict[str, str] | None
+    ) -> None:
+        self.source, self.dtypes, self.room, self.found = source, dtypes, room, found
         self.held: dict[str, Tensor] = {}
+        self.moved: Callable[[str], object] = len
         shapes = source.shapes
         self.sizes = {
             name: sum(math.prod(shapes[each]) * dtypes[each].itemsize for each in group)
@@ -119,6 +145,9 @@ class _Reader:
     def take(self, name: str) -> Tensor:
         if name not in self.held:
             self.held = self.source.read([name])
+            if self.found is not None:
+                self.found |= {each: digest(tensor) for each, tensor in self.held.items() if each not in self.found}
+        self.moved(name)
         return self.held.pop(name).to(self.dtypes[name])
 
 
