@@ -96,7 +96,9 @@ def parts(model: ModelConfig) -> dict[str, tuple[int, int]]:
     for part, wanted in (("MLP", False), ("experts", True)):
         here = [layer for layer in layers if model.layer_has_experts(layer) == wanted]
         if here:
-            total, active = (sum(mlp_parameters(model, layer, active=only) for layer in here) for only in (False, True))
+            total, active = (
+                sum(mlp_parameters(model, layer, experts=met) for layer in here) for met in (None, model.router_topk)
+            )
             found[part] = (total, active)
     output = outer_parameters(model) - embedding - norm
     rest = count_parameters(model) - output - sum(total for total, _ in found.values())

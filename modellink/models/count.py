@@ -34,8 +34,8 @@ def _latent_parameters(model: ModelConfig, parts: int) -> int:
     return split // parts + whole + (rank or 0) * (D + model.qkv_bias + model.qk_norm)
 
 
-def mlp_parameters(model: ModelConfig, layer: int, parts: int = 1, active: bool = False) -> int:
-    """Parameters of the MLP or the experts of `layer`; with `active` only those that one token meets."""
+def mlp_parameters(model: ModelConfig, layer: int, parts: int = 1, experts: int | None = None) -> int:
+    """Parameters of the MLP, or of the router and `experts` of the experts (default: all), of `layer`."""
     D, ups = model.hidden_size, 2 if model.gated_mlp else 1
 
     def mlp(width: int) -> int:
@@ -43,18 +43,18 @@ def mlp_parameters(model: ModelConfig, layer: int, parts: int = 1, active: bool 
 
     if not model.layer_has_experts(layer):
         return mlp(model.ffn_hidden_size)
-    experts, width = model.num_experts, model.moe_ffn_hidden_size
-    count = experts * (D + model.router_bias + model.router_correction_bias)
-    count += (model.router_topk if active else experts) * mlp(width)
+    width = model.moe_ffn_hidden_size
+    count = model.num_experts * (D + model.router_bias + model.router_correction_bias)
+    count += (model.num_experts if experts is None else experts) * mlp(width)
     if model.n_shared_experts:
         count += mlp(model.n_shared_experts * width) + D * model.shared_expert_gate_dimension * model.shared_expert_gate
     return count
 
 
-def layer_parameters(model: ModelConfig, layer: int, parts: int = 1, active: bool = False) -> int:
-    """Parameters of decoder layer `layer`, or of one of its `parts`; `active`: those that one token meets."""
+def layer_parameters(model: ModelConfig, layer: int, parts: int = 1, experts: int | None = None) -> int:
+    """Parameters of decoder layer `layer`, or of one of its `parts`, with so many of its experts (default: all)."""
     norms = 2 * (model.pre_norm + model.sandwich_norm) * model.hidden_size * _norm(model)
-    return attention_parameters(model, parts) + mlp_parameters(model, layer, parts, active) + norms
+    return attention_parameters(model, parts) + mlp_parameters(model, layer, parts, experts) + norms
 
 
 def outer_parameters(model: ModelConfig, parts: int = 1, first: bool = True, last: bool = True) -> int:
@@ -79,5 +79,6 @@ def count_parameters(model: ModelConfig, active: bool = False) -> int:
     model = model.resolve()
     assert model.num_layers and model.hidden_size and model.num_attention_heads
     assert model.head_dim and model.num_key_value_heads and model.ffn_hidden_size
-    layers = sum(layer_parameters(model, layer, active=active) for layer in range(model.num_layers))
+    experts = model.router_topk if active else None
+    layers = sum(layer_parameters(model, layer, experts=experts) for layer in range(model.num_layers))
     return outer_parameters(model) + layers

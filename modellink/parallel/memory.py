@@ -64,9 +64,12 @@ class _Layout:
             resolved.data_parallel,
         )
         self.zero = self.parallel.zero_stage or int(self.parallel.distributed_optimizer)
-        self.shards = self.data // self.parallel.data_parallel_replicas if self.zero else 1
+        self.copies = self.data * self.parallel.context_parallel  # ranks of one context hold the same weights
+        self.shards = self.copies // self.parallel.data_parallel_replicas if self.zero else 1
+        self.experts = (self.model.num_experts or 0) // self.parallel.expert_parallel  # on one rank
         self.item = 4 if self.optimizer.dtype == "float32" else 2
-        self.rows, self.length = config.train.micro_batch_size or 1, config.data.seq_length or 1
+        self.rows = config.train.micro_batch_size or 1
+        self.length = (config.data.seq_length or 1) // self.parallel.context_parallel
         batch = config.train.global_batch_size or self.rows * self.data
         self.micro_batches = max(1, batch // (self.rows * self.data))
         assert self.model.num_layers
@@ -89,13 +92,15 @@ class _Layout:
     def states(self, stage: int) -> tuple[int, int, int]:
         """(weights, gradients, optimizer) in bytes."""
         outer = outer_parameters(self.model, self.tensor, stage == 0, stage == self.stages - 1)
-        layers = [layer_parameters(self.model, layer, self.tensor) for layer in self.layers_at(stage)]
+        layers = [layer_parameters(self.model, layer, self.tensor, self.experts) for layer in self.layers_at(stage)]
         held = outer + sum(layers)
+        # experts that lie apart are sharded over fewer ranks: their share is that of all experts over all ranks
+        all_experts = outer + sum(layer_parameters(self.model, layer, self.tensor) for layer in self.layers_at(stage))
         moments = 8 if self.optimizer.optimizer == "adam" else 4
-        if self.data == 1:
+        if self.copies == 1:
             master = 0 if self.item == 4 else 2 if self.optimizer.split_master else 4
             return self.item * held, 4 * held, (master + moments) * held
-        shard = held // self.shards
+        shard = all_experts // self.shards if self.zero else held
         gathered = held
         if self.zero == 3 and self.stages == 1:
             gathered = outer + 2 * max(layers)  # the layer at work and the one that is fetched ahead
@@ -142,8 +147,11 @@ class _Layout:
         fused = self.model.attention_logit_softcap is None and not self.model.attention_sinks
         if fused or self.parallel.recompute_granularity == "selective":
             return 0
+        context = self.parallel.context_parallel
+        if context > 1 and self.parallel.context_parallel_algo in ("megatron_cp_algo", "hybrid_cp_algo"):
+            return 0  # a ring computes them again
         heads = self.model.num_attention_heads // self.tensor
-        return self.rows * heads * self.length * self.length * (8 + self.item % 4)
+        return self.rows * heads * self.length * self.length * context * (8 + self.item % 4)
 
     def activations(self, stage: int) -> int:
         """Bytes that autograd keeps on `stage` when most micro-batches are under way, and the logits there."""
@@ -182,7 +190,7 @@ def estimate_memory(resolved: ResolvedConfig) -> MemoryEstimate:
     for stage in {0, 1 % layout.stages, layout.stages - 1} if even else range(layout.stages):
         weights, gradients, optimizer = layout.states(stage)
         activations = layout.activations(stage)
-        if layout.micro_batches == 1 and (layout.data > 1 or layout.item == 4):
+        if layout.micro_batches == 1 and (layout.copies > 1 or layout.item == 4):
             # backward frees activations as it makes gradients: only the larger of the two counts
             activations = max(0, activations - gradients)
         found.append(MemoryEstimate(weights, gradients, optimizer, activations))

@@ -147,5 +147,7 @@ class Topology:
 
     def describe(self) -> str:
         """One line for the log, for example `tp 2 x pp 2 x dp 2`."""
-        sharding = {0: "", 1: " (ZeRO-1)", 2: " (ZeRO-2)", 3: " (ZeRO-3)"}[self.zero_stage]
-        return f"tp {self.sizes['tp']} x pp {self.sizes['pp']} x cp {self.sizes['cp']} x dp {self.dp}{sharding}"
+        sharding = {0: "", 1: " (ZeRO-1)", 2: " (ZeRO-2)", 3: " (ZeRO-3)"}
+        experts = f", ep {self.sizes['ep']}" if self.sizes["ep"] > 1 else ""
+        sizes = f"tp {self.sizes['tp']} x pp {self.sizes['pp']} x cp {self.sizes['cp']} x dp {self.dp}"
+        return f"{sizes}{sharding[self.zero_stage]}{experts}"

@@ -135,3 +135,20 @@ def test_a_layout_that_is_proposed_keeps_the_rules(monkeypatch: pytest.MonkeyPat
             smallest = smallest or memory
             assert fit.config.parallel.tensor_parallel in (1, 2) and fit.config.parallel.pipeline_parallel == 1
     assert smallest, "no layout ever fitted"
+
+
+def test_contexts_share_activations_and_expert_ranks_share_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks of one context hold half of the sequence each; two expert ranks hold half of the experts each."""
+
+    def estimate(world: int, *flags: str) -> Any:
+        return estimate_memory(resolve(monkeypatch, world, "--model", "tiny-mixtral", "--bf16", *flags))
+
+    context = ("--context-parallel-size", "2", "--global-batch-size", "8")
+    one, shared = estimate(1, "--global-batch-size", "8"), estimate(2, *context)
+    assert 0.45 * one.activations < shared.activations < 0.55 * one.activations
+    experts = 4 * 3 * 64 * 96 * 2  # of two layers
+    apart = estimate(2, *context, "--expert-model-parallel-size", "2")
+    assert shared.weights - apart.weights == experts / 2 * (4 + 2)  # fp32 masters, and what is gathered
+    sharded = estimate(2, *context, "--zero-stage", "1")
+    both = estimate(2, *context, "--zero-stage", "1", "--expert-model-parallel-size", "2")
+    assert both.optimizer == sharded.optimizer and sharded.weights - both.weights == experts / 2 * 2

@@ -521,7 +521,7 @@ def test_counts_by_hand() -> None:
     )
     shared = 3 * 3584 * 20480 + 3584
     assert mlp_parameters(qwen, 0) == 64 * 3584 + 64 * 3 * 3584 * 2560 + shared
-    assert mlp_parameters(qwen, 0, active=True) == 64 * 3584 + 8 * 3 * 3584 * 2560 + shared
+    assert mlp_parameters(qwen, 0, experts=8) == 64 * 3584 + 8 * 3 * 3584 * 2560 + shared
     mixtral = model_config(hidden_size=4096, num_experts=8, moe_ffn_hidden_size=14336)
     assert mlp_parameters(mixtral, 0) == 8 * (4096 + 3 * 4096 * 14336)
 
@@ -538,7 +538,7 @@ def test_flops_by_hand() -> None:
         n_shared_experts=2,
     )
     sparse_mlp = HIDDEN * EXPERTS + (3 + 2) * 3 * HIDDEN * WIDTH
-    assert sparse_mlp == mlp_parameters(config, 1, active=True)
+    assert sparse_mlp == mlp_parameters(config, 1, experts=config.router_topk)
     dense_mlp, projections = 3 * HIDDEN * 24, 4 * HIDDEN * HIDDEN
     matrices = dense_mlp + 2 * sparse_mlp + 3 * projections + HIDDEN * 32
     assert flops_of(config, 7).full == 6 * (matrices + 3 * 2 * 7 * HIDDEN)
