@@ -514,9 +514,13 @@ REFUSED: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
     "convert": [
         (
             "it belongs to the converters of 2023: use --load-dir, --save-dir and --target-tensor-parallel-size",
-            "--input-model-dir:str --output-model-dir:str --type:str --merge-mlp --num_layers:int "
-            "--tensor-model-parallel-size:int "
-            "--pipeline-model-parallel-size:int --expert-model-parallel-size:int --deepspeed",
+            "--input-model-dir:str --output-model-dir:str --type:str --merge-mlp --num_layers:int --deepspeed",
+            (),
+        ),
+        (
+            "it belongs to training: use --target-tensor-parallel-size, --target-pipeline-parallel-size or "
+            "--target-expert-parallel-size",
+            "--tensor-model-parallel-size:int --pipeline-model-parallel-size:int --expert-model-parallel-size:int",
             (),
         ),
     ],
