@@ -25,6 +25,12 @@ LAYOUTS: list[dict[str, Any]] = [
     {"zero_stage": 3},
     {"pipeline_parallel": 2, "tensor_parallel": 2},
 ]
+SPARSE_LAYOUTS: list[dict[str, Any]] = [
+    {"expert_parallel": 4},
+    {"expert_parallel": 2, "tensor_parallel": 2, "zero_stage": 1},
+    {"expert_parallel": 2, "zero_stage": 3},
+    {"expert_parallel": 2, "pipeline_parallel": 2, "zero_stage": 1},
+]
 # of each kind of fused tensor one family
 SIZES: dict[str, Any] = {"num_layers": 2, "hidden_size": 48, "num_attention_heads": 8, "ffn_hidden_size": 80}
 SIZES |= {"vocab_size": 203, "max_position_embeddings": 64, "tie_word_embeddings": False, "head_dim": 6}
@@ -36,11 +42,25 @@ FAMILY: dict[str, dict[str, Any]] = {
     "gpt2": {"num_key_value_heads": 8},
     "bloom": {"num_key_value_heads": 8},
 }
+# one tensor an expert, the same with latents and a bias that is not trained, and stacked ones whose columns take turns
+EXPERTS: dict[str, Any] = {"num_experts": 4, "moe_ffn_hidden_size": 40, "router_topk": 2, "norm_epsilon": 1e-6}
+SPARSE: dict[str, dict[str, Any]] = {
+    "mixtral": LLAMA | EXPERTS,
+    "deepseek_v3": LLAMA
+    | EXPERTS
+    | {
+        "num_key_value_heads": 8, "head_dim": 10, "multi_head_latent_attention": True, "q_lora_rank": 20,
+        "kv_lora_rank": 16, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8, "qk_norm": True,
+        "router_scoring": "sigmoid", "router_correction_bias": True, "norm_topk_prob": True, "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+    },
+    "gpt_oss": LLAMA | EXPERTS | {"sliding_window": 8, "window_layers": "even"},
+}  # fmt: skip
 
 
 def make(folder: Path, family: str) -> None:
-    config = ModelConfig(family=family, **SIZES | FAMILY[family] | dict(FAMILIES.get(family).fixed))
-    config = dataclasses.replace(config, padded_vocab_size=203)
+    fields = SIZES | (FAMILY | SPARSE)[family] | dict(FAMILIES.get(family).fixed)
+    config = dataclasses.replace(ModelConfig(family=family, **fields).resolve(), padded_vocab_size=203)
     torch.manual_seed(0)
     model = Decoder(config)
     for parameter in model.parameters():
@@ -50,14 +70,14 @@ def make(folder: Path, family: str) -> None:
 
 def load_everywhere(rank: int, world_size: int, root: str) -> dict[str, int]:
     """Number of parameters compared on this rank, over all layouts, of each family."""
-    compared = dict.fromkeys(FAMILY, 0)
-    for family in FAMILY:
+    compared = dict.fromkeys(FAMILY | SPARSE, 0)
+    for family in compared:
         folder = Path(root) / family
         config = dataclasses.replace(read_config(folder), padded_vocab_size=256)
         reference = Decoder(config)
         load_hf(reference, folder, progress=False)
         expected = reference.state_dict()
-        for layout in LAYOUTS:
+        for layout in LAYOUTS if family in FAMILY else SPARSE_LAYOUTS:
             parallel = ParallelConfig(**layout)
             model = build_model(config, parallel, Topology(parallel), torch.device("cpu"), torch.float32, seed=None)
             for chunk in model.chunks:
@@ -70,7 +90,7 @@ def load_everywhere(rank: int, world_size: int, root: str) -> dict[str, int]:
 
 
 def test_every_layout_gets_its_own_pieces(tmp_path: Path) -> None:
-    for family in FAMILY:
+    for family in FAMILY | SPARSE:
         make(tmp_path / family, family)
     for counts in run_distributed(load_everywhere, 4, str(tmp_path)):
         for family, count in counts.items():
