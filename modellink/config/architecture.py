@@ -169,7 +169,9 @@ def _merge(resolved: ResolvedConfig, other: ModelConfig, known: set[str], where:
         else:
             resolved.set(path, getattr(other, name), where)
     if problems:
-        advice = f"give {' '.join(remedies)}" + (", or leave out all architecture flags" if strict else "")
+        flags = " ".join(remedy for remedy in remedies if remedy.startswith("--"))
+        steps = " and ".join(filter(None, [flags, *(remedy for remedy in remedies if not remedy.startswith("--"))]))
+        advice = f"give {steps}" + (", or leave out all architecture flags" if strict else "")
         raise ModelLinkError(f"{'; '.join(problems)}. To keep these weights, {advice}.")
 
 
