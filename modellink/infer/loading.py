@@ -53,7 +53,7 @@ def _empty(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Dec
         config = dataclasses.replace(config, padded_vocab_size=config.vocab_size)
     with torch.device("meta"):
         decoder = Decoder(config)
-    decoder = decoder.to(dtype).to_empty(device=device)
+    decoder = decoder.cast(dtype).to_empty(device=device)
     decoder.tie_weights()
     return decoder.eval()
 

@@ -125,6 +125,13 @@ class Decoder(nn.Module):
         if self.config.tie_word_embeddings and self.lm_head is not None and self.embed_tokens is not None:
             self.lm_head.weight = self.embed_tokens.weight
 
+    def cast(self, dtype: torch.dtype) -> Decoder:
+        """Hold weights in `dtype`, but in fp32 those that no gradient moves (they are added to fp32 scores)."""
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+        return self
+
     def canonical_name(self, name: str) -> str:
         """Name of a parameter in checkpoints: a tied output matrix on a later stage is the embedding."""
         tied = self.config.tie_word_embeddings and name == "lm_head.weight"

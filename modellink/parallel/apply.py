@@ -149,9 +149,7 @@ def build_model(
     for spec in specs:
         with torch.device("meta"):
             chunk = Decoder(model, spec.layers, spec.first, spec.last)
-        for parameter in chunk.parameters():  # what no gradient moves is kept in fp32
-            if parameter.requires_grad and not data_parallel:
-                parameter.data = parameter.data.to(dtype)
+        chunk.cast(torch.float32 if data_parallel else dtype)
         if topology.size("tp") > 1:
             apply_tensor_parallel(chunk, topology.mesh["tp"], parallel.sequence_parallel)
         chunk.causal = parallel.cp_attention_mask_type == "causal"
