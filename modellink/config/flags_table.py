@@ -105,7 +105,9 @@ SPELLINGS: dict[str, str] = {
 }
 
 # Field -> another spelling of a value -> ours.
-VALUE_ALIASES: dict[str, dict[str, str]] = {"optimizer.optimizer": {"fused_adam": "adam", "adamw": "adam"}}
+VALUE_ALIASES: dict[str, dict[str, str]] = {
+    "optimizer.optimizer": {"fused_adam": "adam", "adamw": "adam", "adamw_8bit": "adamw8bit"}
+}
 
 # Field -> value -> why it is refused.
 REFUSED_VALUES: dict[str, dict[Any, str]] = {
@@ -113,7 +115,6 @@ REFUSED_VALUES: dict[str, dict[Any, str]] = {
         "dpo": f"preference training is {NOT_BUILT}; use pretrain or sft",
         "rm": f"reward-model training is {NOT_BUILT}; use pretrain or sft",
     },
-    "optimizer.optimizer": {"cadam": f"this optimizer is {NOT_BUILT}; use adam or sgd"},
     "checkpoint.save_format": {
         "mcore": f"writing Megatron-Core checkpoints is {NOT_BUILT}; use native or hf",
         "legacy": f"writing Megatron-Legacy checkpoints is {NOT_BUILT}; use native or hf",

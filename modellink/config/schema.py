@@ -287,7 +287,12 @@ class ParallelConfig:
 class OptimizerConfig:
     """Optimizer, precision of its state, learning-rate and weight-decay schedules."""
 
-    optimizer: str = option("adam", choices=("adam", "sgd"), help="adam is AdamW (decoupled weight decay)")
+    optimizer: str = option(
+        "adam",
+        choices=("adam", "adamw8bit", "cadam", "muon", "sgd"),
+        help="adam is AdamW (decoupled weight decay), adamw8bit the same with 8-bit moments, cadam steps by the sign "
+        "of an fp16 momentum, muon orthogonalises the updates of layers' matrices; docs/optimizers.md compares them",
+    )
     lr: float | None = option(None, help="peak learning rate")
     min_lr: float = option(0.0, help="floor of the learning rate, also after decay")
     lr_decay_style: str = option(
@@ -303,10 +308,15 @@ class OptimizerConfig:
     decoupled_min_lr: float | None = option(None, help="its floor")
     override_schedule: bool = option(False, help="take the schedule from the flags, not from the checkpoint")
     use_checkpoint_schedule: bool = option(False, help="take the schedule from the checkpoint, not from the flags")
-    adam_beta1: float = option(0.9, help="decay of the first moment")
+    adam_beta1: float = option(0.9, help="decay of the first moment, also cadam's")
     adam_beta2: float = option(0.999, help="decay of the second moment")
     adam_eps: float = option(1e-8, help="added to the root of the second moment")
     sgd_momentum: float = option(0.9, help="momentum of SGD")
+    muon_momentum: float = option(0.95, help="momentum of Muon")
+    muon_num_ns_steps: int = option(5, help="Newton-Schulz steps of Muon")
+    muon_extra_scale_factor: float = option(
+        0.2, help="Muon's update is this times the root of a matrix's longer side; 0.2 is as large as AdamW's"
+    )
     weight_decay: float = option(0.01, help="decoupled weight decay; biases and one-dimensional parameters have none")
     start_weight_decay: float | None = option(None, help="first value of a weight-decay schedule")
     end_weight_decay: float | None = option(None, help="last value of a weight-decay schedule")

@@ -28,7 +28,8 @@ POSITIVE = (
     "train.log_interval train.eval_interval train.exit_interval train.tensorboard_log_interval data.seq_length "
     "data.pad_to_multiple_of checkpoint.save_interval checkpoint.keep_checkpoints generate.max_new_tokens "
     "generate.num_beams "
-    "evaluate.evaluation_batch_size evaluate.max_eval_samples model.norm_epsilon model.rope_theta"
+    "evaluate.evaluation_batch_size evaluate.max_eval_samples model.norm_epsilon model.rope_theta "
+    "optimizer.muon_num_ns_steps optimizer.muon_extra_scale_factor"
 ).split()
 NOT_NEGATIVE = (
     "model.n_shared_experts model.first_k_dense_replace model.router_input_jitter model.aux_loss_coeff "
@@ -36,7 +37,9 @@ NOT_NEGATIVE = (
     "optimizer.weight_decay "
     "optimizer.clip_grad data.num_workers generate.history_turns generate.top_k generate.temperature"
 ).split()
-SHARES = ("model.attention_dropout", "model.hidden_dropout", "optimizer.adam_beta1", "optimizer.adam_beta2")
+SHARES = (
+    "model.attention_dropout model.hidden_dropout optimizer.adam_beta1 optimizer.adam_beta2 optimizer.muon_momentum"
+).split()
 
 
 def validate(resolved: ResolvedConfig, complete: bool = True) -> None:

@@ -9,34 +9,45 @@ parameter (weights + gradients + masters + moments):
     bfloat16, float32 gradients, separate      2 + 4 + 4 + 8 = 18
     bfloat16, bfloat16 gradients, separate     2 + 2 + 4 + 8 = 16
     bfloat16, bfloat16 gradients, split        2 + 2 + 2 + 8 = 14
+
+With 8-bit moments (modellink/optim/states.py tells how) the last term is 2.03 instead of 8.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from modellink.optim.mixed_precision import MasterMode, MixedPrecisionOptimizer, is_bias_or_vector
+from modellink.optim.states import BlockState, FullState, StateForm
+
+# Tensors with fewer elements keep float32 moments: they are few, and norms and biases suffer most (as bitsandbytes).
+EIGHT_BIT_ELEMENTS = 4096
 
 
 class AdamWRule:
     """Decoupled weight decay (Loshchilov & Hutter 2019) with bias correction from one step count for all parameters."""
 
-    state_names: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+    whole_shards = False
 
-    def __init__(self, betas: tuple[float, float], eps: float) -> None:
+    def __init__(self, betas: tuple[float, float], eps: float, eight_bits: bool = False) -> None:
         self.betas = betas
         self.eps = eps
+        self.states: Mapping[str, StateForm] = {"exp_avg": FullState, "exp_avg_sq": FullState}
+        if eight_bits:
+            self.states = {"exp_avg": partial(BlockState, signed=True), "exp_avg_sq": partial(BlockState, signed=False)}
 
     def __call__(
         self,
         weights: list[Tensor],
         grads: list[Tensor],
         states: list[list[Tensor]],
+        params: list[Tensor],
         *,
         step: int,
         lr: float,
@@ -78,7 +89,10 @@ def _has_fused_kernel(device: torch.device) -> bool:
 
 
 class MixedPrecisionAdamW(MixedPrecisionOptimizer):
-    """AdamW over named parameters; see MixedPrecisionOptimizer for masters, groups, sharding, state and errors."""
+    """AdamW over named parameters; see MixedPrecisionOptimizer for masters, groups, sharding, state and errors.
+
+    `eight_bits` keeps both moments of every parameter of at least 4096 elements in 8 bits.
+    """
 
     def __init__(
         self,
@@ -89,17 +103,21 @@ class MixedPrecisionAdamW(MixedPrecisionOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         master: MasterMode = "separate",
+        eight_bits: bool = False,
         no_decay: Callable[[str, Tensor], bool] = is_bias_or_vector,
         decoupled: Callable[[str], bool] | None = None,
         bucket_elements: int | None = None,
     ) -> None:
+        rule, packed = AdamWRule(betas, eps), AdamWRule(betas, eps, eight_bits=True)
         super().__init__(
             named_params,
-            AdamWRule(betas, eps),
+            rule,
             lr=lr,
             weight_decay=weight_decay,
             master=master,
             no_decay=no_decay,
             decoupled=decoupled,
             bucket_elements=bucket_elements,
+            # by the size of the whole parameter, so that every layout decides alike
+            rule_for=lambda _, p: packed if eight_bits and p.numel() >= EIGHT_BIT_ELEMENTS else rule,
         )

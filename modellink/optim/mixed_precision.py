@@ -1,14 +1,16 @@
 """One optimizer for float32, bfloat16 and float16 weights, plain or sharded; the update itself is a strategy.
 
 The optimizer owns where numbers live: which weights have float32 masters and in which form, how gradients are scaled
-and converted, how state is named and wrapped. An `UpdateRule` (AdamW, SGD) owns the arithmetic, and sees only lists of
-plain float32 tensors. Work goes bucket by bucket: a bucket is a list of flat pieces of local shards with at most
-`bucket_elements` elements in all, so temporaries (a reconstructed master, a float32 gradient) are bounded however large
-the model or one embedding is. All master modes use the same pieces and so give the same bits.
+and converted, how state is named, packed and wrapped. An `UpdateRule` (AdamW, SGD, cadam, Muon) owns the arithmetic,
+and sees only lists of plain float32 tensors. Work goes bucket by bucket: a bucket is a list of flat pieces of local
+shards with at most `bucket_elements` elements in all, so temporaries (a reconstructed master, a float32 gradient, an
+unpacked state) are bounded however large the model or one embedding is; rules that need whole shards exceed it. All
+master modes use the same pieces and so give the same bits.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from modellink.errors import ModelLinkError
 from modellink.optim.local import gradient_of, like_parameter, local_tensor, main_gradient_of
 from modellink.optim.rounding import merge_float32, split_float32_
+from modellink.optim.states import State, StateForm, master_dtype
 
 # On a device fewer buckets mean fewer launches. On CPU the allocator returns larger temporaries to the system at once,
 # and faulting their pages in again at every step costs three times the step itself.
@@ -29,21 +32,30 @@ MasterMode = Literal["none", "separate", "split"]
 
 
 class UpdateRule(Protocol):
-    """The arithmetic of one step. `state_names` are the per-parameter tensors it keeps, zero before the first step."""
+    """The arithmetic of one step.
 
-    state_names: tuple[str, ...]
+    `states` are the per-parameter states it keeps, zero before the first step, and how they lie in memory. A rule that
+    needs a shard in one piece, empty ones too, because it communicates about them, says `whole_shards`.
+    """
+
+    states: Mapping[str, StateForm]
+    whole_shards: bool
 
     def __call__(
         self,
         weights: list[Tensor],
         grads: list[Tensor],
         states: list[list[Tensor]],
+        params: list[Tensor],
         *,
         step: int,
         lr: float,
         weight_decay: float,
     ) -> None:
-        """Update `weights` and `states` (one list per state name) in place; `step` counts from 1."""
+        """Update `weights` and `states` (one list per state name) in place; `step` counts from 1.
+
+        All are flat pieces; `params` are the parameters they belong to, for shapes and placements only.
+        """
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,7 @@ class _Piece:
 
 @dataclass
 class _Bucket:
+    rule: UpdateRule
     group: int
     mode: MasterMode
     pieces: list[_Piece] = field(default_factory=list)
@@ -68,7 +81,7 @@ class _Bucket:
 
 def is_bias_or_vector(name: str, param: Tensor) -> bool:
     """Megatron's rule for what is not decayed: biases and 1-dimensional parameters (spec e.2)."""
-    return param.ndim <= 1 or name.rpartition(".")[2] == "bias"
+    return param.ndim <= 1 or name.endswith("bias")  # experts stack theirs: up_proj_bias [E, F]
 
 
 class MixedPrecisionOptimizer:
@@ -79,7 +92,7 @@ class MixedPrecisionOptimizer:
     the two are bit-identical (modellink/optim/rounding.py). Parameters that do not require gradients are left out, and
     one without a gradient at a step is left alone. `param_groups` has keys `names`, `lr`, `weight_decay`,
     `weight_decay_multiplier` (0 for names that `no_decay` selects) and `decoupled_lr` (true for names that `decoupled`
-    selects); schedules set `lr` and `weight_decay`.
+    selects); schedules set `lr` and `weight_decay`. `rule_for` may give some parameters another rule than `rule`.
 
     Raises ModelLinkError when a parameter's dtype does not fit `master`, or a shard is not contiguous.
     """
@@ -95,8 +108,8 @@ class MixedPrecisionOptimizer:
         no_decay: Callable[[str, Tensor], bool] = is_bias_or_vector,
         decoupled: Callable[[str], bool] | None = None,
         bucket_elements: int | None = None,
+        rule_for: Callable[[str, Tensor], UpdateRule] | None = None,
     ) -> None:
-        self.rule = rule
         self.step_count = 0
         self._params: dict[str, nn.Parameter] = {}
         for name, param in named_params:
@@ -106,8 +119,12 @@ class MixedPrecisionOptimizer:
                 self._params[name] = param
         self._modes = {name: _mode_of(name, param, master) for name, param in self._params.items()}
         self.param_groups = self._make_groups(lr, weight_decay, no_decay, decoupled)
+        self._rules = {name: rule_for(name, p) if rule_for is not None else rule for name, p in self._params.items()}
+        self._states: dict[str, dict[str, State]] = {
+            name: {key: form(param) for key, form in self._rules[name].states.items()}
+            for name, param in self._params.items()
+        }
         self._buckets = self._make_buckets(bucket_elements)
-        self._states = {key: self._zeros(None) for key in rule.state_names}
         self._masters = self._zeros("separate")
         self._remainders = self._zeros("split")
         self.reload_masters_from_params()
@@ -141,28 +158,34 @@ class MixedPrecisionOptimizer:
         filling: dict[tuple[Any, ...], _Bucket] = {}
         for index, group in enumerate(self.param_groups):
             for name in group["names"]:
-                shard, mode = local_tensor(self._params[name]), self._modes[name]
-                key = (index, mode, shard.dtype, shard.device)
+                shard, mode, rule = local_tensor(self._params[name]), self._modes[name], self._rules[name]
+                key = (index, mode, shard.dtype, shard.device, id(rule))
                 limit = bucket_elements or (_CPU_BUCKET if shard.device.type == "cpu" else _DEVICE_BUCKET)
-                start = 0
-                while start < shard.numel():
+                for piece in self._pieces(name, limit):
                     bucket = filling.get(key)
-                    if bucket is None or bucket.numel == limit:
-                        bucket = filling[key] = _Bucket(index, mode)
+                    if bucket is None or bucket.numel + piece.stop - piece.start > limit:
+                        bucket = filling[key] = _Bucket(rule, index, mode)
                         buckets.append(bucket)
-                    stop = min(shard.numel(), start + limit - bucket.numel)
-                    bucket.pieces.append(_Piece(name, start, stop))
-                    bucket.numel += stop - start
-                    start = stop
+                    bucket.pieces.append(piece)
+                    bucket.numel += piece.stop - piece.start
         return buckets
 
-    def _zeros(self, mode: MasterMode | None) -> dict[str, Tensor]:
-        """A zero tensor beside every parameter of `mode` (None: all), as wide as `mode` needs it."""
+    def _pieces(self, name: str, limit: int) -> list[_Piece]:
+        """The shard of one parameter in pieces of at most `limit` elements, or a unit of its states if that is more."""
+        numel = local_tensor(self._params[name]).numel()
+        if self._rules[name].whole_shards:
+            return [_Piece(name, 0, numel)]
+        unit = math.lcm(*(state.unit for state in self._states[name].values()))
+        size = max(limit // unit * unit, unit)
+        return [_Piece(name, start, min(start + size, numel)) for start in range(0, numel, size)]
+
+    def _zeros(self, mode: MasterMode) -> dict[str, Tensor]:
+        """A zero tensor beside every parameter of `mode`, as wide as `mode` needs it."""
         state = {}
         for name, param in self._params.items():
-            if mode in (None, self._modes[name]):
+            if mode == self._modes[name]:
                 shard = local_tensor(param)
-                dtype = torch.int16 if mode == "split" else _master_dtype(shard)
+                dtype = torch.int16 if mode == "split" else master_dtype(shard)
                 state[name] = like_parameter(param, torch.zeros(shard.shape, dtype=dtype, device=shard.device))
         return state
 
@@ -181,14 +204,20 @@ class MixedPrecisionOptimizer:
                 continue
             flat, masters = self._read_masters(bucket.mode, pieces)
             group = self.param_groups[bucket.group]
-            self.rule(
+            kept = [[(self._states[p.name][key], p.start, p.stop) for p in pieces] for key in bucket.rule.states]
+            states = [[state.read(start, stop) for state, start, stop in row] for row in kept]
+            bucket.rule(
                 masters,
                 self._scaled_gradients(pieces, masters[0].dtype, grad_scale),
-                [[piece.of(state[piece.name]) for piece in pieces] for state in self._states.values()],
+                states,
+                [self._params[piece.name] for piece in pieces],
                 step=self.step_count,
                 lr=group["lr"],
                 weight_decay=group["weight_decay"],
             )
+            for row, values in zip(kept, states, strict=True):
+                for (state, start, stop), value in zip(row, values, strict=True):
+                    state.write(start, stop, value)
             self._write_weights(bucket.mode, pieces, flat, masters)
 
     def _scaled_gradients(self, pieces: list[_Piece], dtype: torch.dtype, scale: Tensor | float) -> list[Tensor]:
@@ -243,20 +272,31 @@ class MixedPrecisionOptimizer:
                 param.main_grad = None  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Tensor | int]:
-        """The live state, flat: "exp_avg.NAME" and so on (float32, placed as the parameter is), and "step"."""
+        """Flat: "exp_avg.NAME" and so on (float32, placed as the parameter is), and "step".
+
+        Tensors are the live ones, or copies of states that are kept packed.
+        """
         flat: dict[str, Tensor | int] = {"step": self.step_count}
-        for key, state in self._states.items():
-            flat.update({f"{key}.{name}": tensor for name, tensor in state.items()})
+        for key, name, state in self._all_states():
+            flat[f"{key}.{name}"] = state.whole()
         return flat
 
+    def _all_states(self) -> list[tuple[str, str, State]]:
+        """(state name, parameter name, state)"""
+        return [(key, name, state) for name, states in self._states.items() for key, state in states.items()]
+
+    @torch.no_grad()
     def load_state_dict(self, flat: Mapping[str, Tensor | int]) -> None:
         """Copy a state in the form of `state_dict`; raises ModelLinkError on missing, unknown or misshapen entries."""
-        own = self.state_dict()
-        _check_names("optimizer state", own, flat)
+        own = {f"{key}.{name}": (name, state) for key, name, state in self._all_states()}
+        _check_names("optimizer state", ["step", *own], flat)
         self.step_count = int(flat["step"])
-        for key, target in own.items():
-            if isinstance(target, Tensor):
-                _copy(key, target, flat[key])
+        for key, (name, state) in own.items():
+            value = flat[key]
+            _check_shape(key, self._params[name], value)
+            assert isinstance(value, Tensor)
+            shard = local_tensor(value).contiguous().view(-1)
+            state.write(0, shard.numel(), shard)
 
     @torch.no_grad()
     def master_state(self) -> dict[str, Tensor]:
@@ -307,7 +347,7 @@ class MixedPrecisionOptimizer:
             "weights": params,
             "gradients": [grad for grad in gradients if grad is not None],
             "masters": [*self._masters.values(), *self._remainders.values()],
-            "moments": [tensor for state in self._states.values() for tensor in state.values()],
+            "moments": [tensor for _, _, state in self._all_states() for tensor in state.tensors()],
         }
         count = max(1, sum(local_tensor(param).numel() for param in params))
         return {what: _storage_bytes(items) / count for what, items in tensors.items()}
@@ -321,10 +361,6 @@ class MixedPrecisionOptimizer:
 def _storage_bytes(tensors: list[Tensor]) -> int:
     storages = {s.data_ptr(): s.nbytes() for s in (local_tensor(t).untyped_storage() for t in tensors)}
     return sum(storages.values())
-
-
-def _master_dtype(shard: Tensor) -> torch.dtype:
-    return torch.float64 if shard.dtype == torch.float64 else torch.float32
 
 
 def _mode_of(name: str, param: Tensor, master: MasterMode) -> MasterMode:

@@ -5,26 +5,30 @@ The update is torch's functional SGD; weight decay is the L2 term added to the g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
 from modellink.optim.mixed_precision import MasterMode, MixedPrecisionOptimizer, is_bias_or_vector
+from modellink.optim.states import FullState, StateForm
 
 
 class SGDRule:
     """buffer = momentum * buffer + gradient; weight -= lr * buffer. A momentum of 0 keeps no buffer."""
 
+    whole_shards = False
+
     def __init__(self, momentum: float) -> None:
         self.momentum = momentum
-        self.state_names: tuple[str, ...] = ("momentum_buffer",) if momentum else ()
+        self.states: Mapping[str, StateForm] = {"momentum_buffer": FullState} if momentum else {}
 
     def __call__(
         self,
         weights: list[Tensor],
         grads: list[Tensor],
         states: list[list[Tensor]],
+        params: list[Tensor],
         *,
         step: int,
         lr: float,

@@ -18,6 +18,7 @@ from modellink.config.schema import Config, OptimizerConfig
 from modellink.data.loader import EXTRA
 from modellink.models.moe import MoE, auxiliary_loss_names
 from modellink.optim.adamw import MixedPrecisionAdamW
+from modellink.optim.cadam import MixedPrecisionCAdam
 from modellink.optim.grad_norm import (
     clip_coefficient,
     count_zeros,
@@ -27,6 +28,7 @@ from modellink.optim.grad_norm import (
 )
 from modellink.optim.local import gradient_of, like_parameter, local_tensor
 from modellink.optim.mixed_precision import MixedPrecisionOptimizer
+from modellink.optim.muon import MixedPrecisionMuon
 from modellink.optim.scaler import LossScaler
 from modellink.optim.sgd import MixedPrecisionSGD
 from modellink.parallel.apply import ParallelModel
@@ -83,8 +85,19 @@ def build_optimizer(model: ParallelModel, config: OptimizerConfig) -> MixedPreci
     named = model.named_parameters()
     if config.optimizer == "sgd":
         return MixedPrecisionSGD(named, momentum=config.sgd_momentum, **common)
-    betas = (config.adam_beta1, config.adam_beta2)
-    return MixedPrecisionAdamW(named, betas=betas, eps=config.adam_eps, **common)
+    if config.optimizer == "cadam":
+        return MixedPrecisionCAdam(named, beta=config.adam_beta1, **common)
+    common |= {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_eps}
+    if config.optimizer == "muon":
+        return MixedPrecisionMuon(
+            named,
+            momentum=config.muon_momentum,
+            newton_schulz_steps=config.muon_num_ns_steps,
+            scale=config.muon_extra_scale_factor,
+            dtype=torch.float32 if config.dtype == "float32" else torch.bfloat16,
+            **common,
+        )
+    return MixedPrecisionAdamW(named, eight_bits=config.optimizer == "adamw8bit", **common)
 
 
 def build_scaler(config: OptimizerConfig) -> LossScaler | None:

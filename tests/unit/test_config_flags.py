@@ -136,7 +136,7 @@ def test_query_groups_need_group_query_attention() -> None:
         (["--num-layer", "2"], ["unknown flag --num-layer"]),
         (["pretrain"], ["unexpected argument 'pretrain'"]),
         (["--stage", "dpo"], ["--stage dpo", "not built yet"]),
-        (["--optimizer", "cadam"], ["--optimizer cadam", "not built yet"]),
+        (["--optimizer", "muom"], ["--optimizer", "Did you mean 'muon'"]),
         (["--save-format", "mcore"], ["--save-format mcore", "not built yet"]),
     ],
 )
