@@ -228,7 +228,12 @@ def write_shard(path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> list
             offset = handle.tell()
             if tensor.untyped_storage().nbytes() != tensor.nbytes or not tensor.is_contiguous():
                 tensor = tensor.clone(memory_format=torch.contiguous_format)  # torch.save stores all of a storage
-            torch.save(tensor.detach(), handle)
+            try:
+                torch.save(tensor.detach(), handle)
+            except RuntimeError as error:  # torch's writer hides what the file said
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
             dtype = str(tensor.dtype).removeprefix("torch.")
             written.append(Written(name, tuple(tensor.shape), dtype, path.name, offset, handle.tell() - offset))
         handle.flush()

@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from types import TracebackType
@@ -49,6 +50,7 @@ class WorkFolder:
         self.resumed = 0
         self._made: list[Path] = []
         self._lock = -1
+        self._one_at_a_time = threading.Lock()
 
     def __enter__(self) -> WorkFolder:
         parent = self.target.parent
@@ -81,11 +83,11 @@ class WorkFolder:
 
     def record(self, part: str, report: Any) -> None:
         """Note that `part` is finished and durable; `report` is JSON."""
-        with open(self.folder / _JOURNAL, "a", encoding="utf-8") as handle:
+        with self._one_at_a_time, open(self.folder / _JOURNAL, "a", encoding="utf-8") as handle:
             handle.write(json.dumps([part, report]) + "\n")
             handle.flush()
             os.fsync(handle.fileno())
-        self.finished[part] = report
+            self.finished[part] = report
 
     def publish(self, keep: Collection[str] = ()) -> None:
         """Give the content the target's name; of a folder that lies there, entries `keep` move over, others go."""

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -163,6 +164,33 @@ def test_a_full_disk_with_nothing_finished_leaves_nothing(
     assert sorted(tmp_path.iterdir()) == before
 
 
+LIMITED = """
+import resource, sys
+from modellink.checkpoint.convert import convert
+from modellink.errors import RunFailure
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+for source, to in (("hf", "native"), ("hf", "mcore"), ("native", "hf")):
+    try:
+        convert(f"{sys.argv[1]}/{source}", f"{sys.argv[1]}/out", to, progress=False)
+    except RunFailure as failure:
+        print(to, failure)
+"""
+
+
+def test_no_format_takes_a_write_that_fails_for_success(tmp_path: Path, root: Path) -> None:
+    config, state = small_model(vocab_size=20_000, padded_vocab_size=20_000, num_layers=1)
+    save_hf(tmp_path / "hf", state.items(), config)
+    modellink.convert(tmp_path / "hf", tmp_path / "native", "native", progress=False)
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, "-c", LIMITED, str(tmp_path)]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True)
+    said = "writing .*/out failed: File too large; what was there is unchanged"
+    lines = done.stdout.splitlines()
+    assert [line.partition(" ")[0] for line in lines] == ["native", "mcore", "hf"], done.stderr
+    assert all(re.search(said, line) for line in lines)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "native"]
+
+
 KILLED = """
 import os, signal, sys
 from modellink.checkpoint import sinks, work
@@ -191,13 +219,13 @@ def test_a_killed_conversion_goes_on_unless_something_changed(
     assert not out.exists()
     with open(work / "journal.jsonl", "a") as journal:
         journal.write('["__0_3.distcp", {"dig')  # cut short while it was written
+    shutil.copytree(work, tmp_path / "left")
     modellink.convert(source, out, "native", progress=False)
     assert "going on with an interrupted conversion: 3 of " in capsys.readouterr().err
     modellink.convert(source, tmp_path / "wanted", "native", progress=False)
     assert content(out) == content(tmp_path / "wanted")
     shutil.rmtree(out)
-    assert subprocess.run(program, env=environment).returncode == -signal.SIGKILL
-    (work,) = tmp_path.glob(".out.tmp-*")
+    os.rename(tmp_path / "left", work)
     shard = sorted(source.glob("*.safetensors"))[-1]
     changed = {name: tensor + 1 for name, tensor in load_file(shard).items()}
     save_file(changed, shard, metadata={"format": "pt"})
