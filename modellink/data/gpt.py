@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from modellink.data.documents import number_documents, restart_positions
 from modellink.data.indexed import IndexedDataset
 from modellink.errors import ModelLinkError
 from modellink.files import atomic_path, atomic_write
@@ -315,13 +316,8 @@ def as_sample(
     if options.eod_mask_loss:
         loss_mask[tokens == options.eod] = 0.0
     sample["loss_mask"] = loss_mask
-    if options.reset_position_ids:
-        place = np.arange(len(tokens))
-        restart = np.zeros(len(tokens), np.int64)
-        restart[1:] = np.where(tokens[:-1] == options.eod, place[1:], 0)
-        sample["position_ids"] = place - np.maximum.accumulate(restart)
-    if options.reset_attention_mask:
-        ended = np.zeros(len(tokens), np.int64)
-        ended[1:] = tokens[:-1] == options.eod
-        sample["documents"] = ended.cumsum()
+    if options.eod is not None and options.reset_position_ids:
+        sample["position_ids"] = restart_positions(tokens, options.eod)
+    if options.eod is not None and options.reset_attention_mask:
+        sample["documents"] = number_documents(tokens, options.eod)
     return sample

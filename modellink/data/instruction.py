@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from modellink.data.documents import number_documents, restart_positions
 from modellink.data.gpt import parse_split
 from modellink.data.indexed import IndexedDataset
 from modellink.data.templates import IGNORED
@@ -132,11 +133,19 @@ def build_instruction_datasets(
 
 
 def collate(
-    rows: Sequence[Any], sequence_length: int, pad_id: int, variable: bool = False, pad_to_multiple_of: int = 8
+    rows: Sequence[Any],
+    sequence_length: int,
+    pad_id: int,
+    variable: bool = False,
+    pad_to_multiple_of: int = 8,
+    separate: int | None = None,
+    restart: bool = False,
 ) -> dict[str, Tensor]:
     """Samples -> {"tokens", "labels"}, int64 [B, S]; labels[t] is the token to come after position t, or -100.
 
     S is `sequence_length`, or with `variable` the longest sample rounded up to `pad_to_multiple_of` (never above it).
+    With `separate`, the id that ends a packed conversation, there are "documents" too, which numbers the conversations
+    so that they do not see each other, and with `restart` "position_ids", which begin at 0 in each.
     """
     length = sequence_length
     if variable:
@@ -148,4 +157,9 @@ def collate(
         ids, labels = row["tokens"][:length], row["labels"][1:length]
         tokens_BS[place, : len(ids)] = torch.from_numpy(np.ascontiguousarray(ids))
         labels_BS[place, : len(labels)] = torch.from_numpy(np.ascontiguousarray(labels))
-    return {"tokens": tokens_BS, "labels": labels_BS}
+    batch = {"tokens": tokens_BS, "labels": labels_BS}
+    if separate is not None:
+        batch["documents"] = torch.from_numpy(number_documents(tokens_BS.numpy(), separate))
+        if restart:
+            batch["position_ids"] = torch.from_numpy(restart_positions(tokens_BS.numpy(), separate))
+    return batch

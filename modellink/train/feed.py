@@ -141,6 +141,8 @@ class Feed:
                 pad_id=pad,
                 variable=data.variable_seq_lengths,
                 pad_to_multiple_of=data.pad_to_multiple_of,
+                separate=self._end_of_document() if data.reset_position_ids or data.reset_attention_mask else None,
+                restart=data.reset_position_ids,
             )
         return BatchLoader(
             dataset,
@@ -152,6 +154,15 @@ class Feed:
             kind=data.dataloader_type,
             collate=collate,
         )
+
+    def _end_of_document(self) -> int:
+        eod = self.tokenizer.eod if self.tokenizer is not None else None
+        if eod is None:
+            raise ModelLinkError(
+                "--reset-position-ids and --reset-attention-mask need the id that ends a conversation: give the "
+                "tokenizer that the data was preprocessed with."
+            )
+        return eod
 
     def close(self) -> None:
         """Stop the threads that read ahead."""

@@ -40,7 +40,7 @@ FAMILY: dict[str, dict[str, Any]] = {
     "internlm2": LLAMA,
     "chatglm": LLAMA | {"qkv_bias": True},
     "gpt2": {"num_key_value_heads": 8},
-    "bloom": {"num_key_value_heads": 8},
+    "bloom": {"num_key_value_heads": 8, "ffn_hidden_size": 192},
 }
 # one tensor an expert, the same with latents and a bias that is not trained, and stacked ones whose columns take turns
 EXPERTS: dict[str, Any] = {"num_experts": 4, "moe_ffn_hidden_size": 40, "router_topk": 2, "norm_epsilon": 1e-6}

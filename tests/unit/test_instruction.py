@@ -224,3 +224,14 @@ def test_unknown_template_names_are_suggested(tmp_path: Path, folder: Path) -> N
     with pytest.raises(ModelLinkError, match="'qwen'"):
         convert(tmp_path, folder, ROWS, prompt_type="qwn")
     assert get_template("chatml").separator == ("\n",)
+
+
+def test_packed_conversations_are_numbered() -> None:
+    """Two conversations ending in 9 and padding: each has a number and positions of its own."""
+    rows = [{"tokens": np.array([4, 5, 9, 6, 9]), "labels": np.array([-100, 5, 9, 6, 9])}]
+    batch = collate(rows, 7, pad_id=0, separate=9, restart=True)
+    assert batch["documents"].tolist() == [[0, 0, 0, 1, 1, 2, 2]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1]]
+    alone = collate(rows, 7, pad_id=0, separate=9)
+    assert torch.equal(alone["documents"], batch["documents"]) and "position_ids" not in alone
+    assert set(collate(rows, 7, pad_id=0)) == {"tokens", "labels"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -170,7 +171,9 @@ class Family:
         except ModelLinkError as error:
             return str(error).rstrip(".")
         for name, value in _effective(config).items():
-            if back[name] != value:
+            read = back[name]
+            same = math.isclose(read, value) if isinstance(read, float) and isinstance(value, float) else read == value
+            if not same:
                 return f"{name}={getattr(config.resolve(), name)!r}"
         return ""
 

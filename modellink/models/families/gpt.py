@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from modellink.models.families.family import IGNORED_TENSORS, Family, add
-from modellink.models.families.spelling import ACTIVATION_NAMES, Key, constant
+from modellink.models.families.spelling import ACTIVATION_NAMES, Key, constant, ignored
 
 _BLOCK: dict[str, Any] = {
     "normalization": "LayerNorm",
@@ -77,12 +77,12 @@ BLOOM = add(
             Key("n_layer", "num_layers", also=("num_hidden_layers",)),
             Key("hidden_size", "hidden_size", also=("n_embed",)),
             Key("n_head", "num_attention_heads", also=("num_attention_heads",)),
-            Key("n_inner", "ffn_hidden_size", None),
             Key("seq_length", "max_position_embeddings", None),
             Key("attention_dropout", "attention_dropout", 0.0),
             Key("hidden_dropout", "hidden_dropout", 0.0),
         ),
-        groups=(constant("apply_residual_connection_post_layernorm", False),),
+        # the width is four times the hidden size whatever n_inner says
+        groups=(constant("apply_residual_connection_post_layernorm", False), ignored("n_inner")),
         fixed=_BLOCK | {"position_embedding": "alibi", "embedding_norm": True, "activation": "gelu_tanh"},
         names={
             "embed_tokens": "transformer.word_embeddings",
