@@ -255,6 +255,7 @@ def test_groups():
         (torch.float32, torch.float32, "none", 16, 8),
         (torch.bfloat16, torch.float32, "separate", 18, 12),
         (torch.bfloat16, torch.bfloat16, "separate", 16, 12),
+        (torch.bfloat16, torch.float32, "split", 16, 10),
         (torch.bfloat16, torch.bfloat16, "split", 14, 10),
     ],
 )

@@ -279,11 +279,16 @@ def test_split_has_the_bits_of_separate(name: str) -> None:
     ("name", "weights", "grads", "master", "total", "held"),
     [
         ("cadam", "float32", "float32", "none", 10, 2),
+        ("cadam", "bfloat16", "float32", "separate", 12, 6),
         ("cadam", "bfloat16", "float32", "split", 10, 4),
         ("cadam", "bfloat16", "bfloat16", "split", 8, 4),
         ("muon", "float32", "float32", "none", 12, 4),
+        ("muon", "bfloat16", "float32", "separate", 14, 8),
+        ("muon", "bfloat16", "float32", "split", 12, 6),
         ("muon", "bfloat16", "bfloat16", "split", 10, 6),
         ("adamw8bit", "float32", "float32", "none", 10, 2),
+        ("adamw8bit", "bfloat16", "float32", "separate", 12, 6),
+        ("adamw8bit", "bfloat16", "float32", "split", 10, 4),
         ("adamw8bit", "bfloat16", "bfloat16", "split", 8, 4),
     ],
 )
