@@ -26,6 +26,8 @@ from modellink.config.validate import layout_problem
 from modellink.errors import ModelLinkError
 from modellink.models.count import layer_parameters, outer_parameters
 
+# bytes of states a parameter, at least (scales, and what Muon leaves to AdamW, come on top)
+MOMENTS = {"adam": 8, "adamw8bit": 2, "cadam": 2, "muon": 4, "sgd": 4}
 _FIELDS = ("zero_stage", "recompute_granularity", "tensor_parallel", "pipeline_parallel")
 
 
@@ -96,7 +98,7 @@ class _Layout:
         held = outer + sum(layers)
         # experts that lie apart are sharded over fewer ranks: their share is that of all experts over all ranks
         all_experts = outer + sum(layer_parameters(self.model, layer, self.tensor) for layer in self.layers_at(stage))
-        moments = 8 if self.optimizer.optimizer == "adam" else 4
+        moments = MOMENTS[self.optimizer.optimizer]
         if self.copies == 1:
             master = 0 if self.item == 4 else 2 if self.optimizer.split_master else 4
             return self.item * held, 4 * held, (master + moments) * held

@@ -100,6 +100,7 @@ MODES = {
     "dropout": ["--attention-dropout", "0.1", "--hidden-dropout", "0.1"],
     "background saves": ["--async-save"],
     "momentum": ["--optimizer", "sgd"],
+    "packed momentum": ["--optimizer", "cadam", "--bf16"],
     "growing batch": ["--rampup-batch-size", "4", "2", "24", "--train-samples", "84", "--lr-warmup-samples", "8"],
     "shuffled epochs": ["--dataloader-type", "cyclic"],
 }
