@@ -37,6 +37,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.installed-test: $(VENV)/.installed
 	@echo "installing the test extras"
 	@$(PIP) -e '.[test]'
+	@$(PIP) --no-deps --only-binary=:all: megatron-core || echo "no megatron-core for this machine: its tests will skip" >&2
 	@touch $@
 
 quickstart: $(VENV)/.installed  ## the whole job on this machine: text, tokenizer, pretrain, resume, export, SFT, chat, score
