@@ -50,7 +50,11 @@ def name_of(case: tuple[str, dict[str, Any], int]) -> str:
     return "-".join([model, *(f"{key}={value}" for key, value in parallel.items())])
 
 
-@pytest.fixture(scope="module", params=sorted(CASES), ids=lambda world: f"{world}-ranks")
+# eight processes on two cores take a minute: `make test-all` runs them
+WORLDS = [2, 4, pytest.param(8, marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=WORLDS, ids=lambda world: f"{world}-ranks")
 def results(request: pytest.FixtureRequest) -> tuple[int, list[list[dict[str, Any]]]]:
     world = request.param
     return world, run_distributed(run_cases, world, CASES[world], [], timeout=300)
