@@ -16,9 +16,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from modellink.config.flags import spell
 from modellink.config.resolved import ResolvedConfig
@@ -81,23 +84,35 @@ class _Layout:
     def layers_of(self, stage: int) -> int:
         return self.parallel.layers_per_stage[stage] if self.parallel.layers_per_stage else self.chunk * self.chunks
 
-    def layers_at(self, stage: int) -> list[int]:
+    def layers_at(self, stage: int) -> npt.NDArray[np.int64]:
         """Indices of the layers of `stage`: neighbours, or its chunks of an interleaved pipeline."""
         if self.parallel.layers_per_stage:
             start = sum(self.parallel.layers_per_stage[:stage])
-            return list(range(start, start + self.layers_of(stage)))
-        starts = [(chunk * self.stages + stage) * self.chunk for chunk in range(self.chunks)]
-        return [start + layer for start in starts for layer in range(self.chunk)]
+            return np.arange(start, start + self.layers_of(stage))
+        starts = (np.arange(self.chunks) * self.stages + stage) * self.chunk
+        return (starts[:, None] + np.arange(self.chunk)).ravel()
+
+    def each(self, stage: int, of: Callable[[int], int]) -> npt.NDArray[np.int64]:
+        """`of` every layer of `stage`. Layers are of two kinds, so a model of any depth costs two calls."""
+        layers, model = self.layers_at(stage), self.model
+        after = (layers >= model.first_k_dense_replace) & (layers % model.moe_layer_freq == 0)
+        sparse = after if model.num_experts else np.zeros_like(after)
+        found = np.zeros(len(layers), np.int64)
+        for kind in (sparse, ~sparse):
+            if kind.any():
+                found[kind] = of(int(layers[kind][0]))
+        return found
 
     # --- states -------------------------------------------------------------------------------------------------------
 
     def states(self, stage: int) -> tuple[int, int, int]:
         """(weights, gradients, optimizer) in bytes."""
         outer = outer_parameters(self.model, self.tensor, stage == 0, stage == self.stages - 1)
-        layers = [layer_parameters(self.model, layer, self.tensor, self.experts) for layer in self.layers_at(stage)]
-        held = outer + sum(layers)
+        layers = self.each(stage, lambda layer: layer_parameters(self.model, layer, self.tensor, self.experts))
+        held = outer + int(layers.sum())
         # experts that lie apart are sharded over fewer ranks: their share is that of all experts over all ranks
-        all_experts = outer + sum(layer_parameters(self.model, layer, self.tensor) for layer in self.layers_at(stage))
+        every = self.each(stage, lambda layer: layer_parameters(self.model, layer, self.tensor))
+        all_experts = outer + int(every.sum())
         moments = MOMENTS[self.optimizer.optimizer]
         if self.copies == 1:
             master = 0 if self.item == 4 else 2 if self.optimizer.split_master else 4
@@ -105,7 +120,7 @@ class _Layout:
         shard = all_experts // self.shards if self.zero else held
         gathered = held
         if self.zero == 3 and self.stages == 1:
-            gathered = outer + 2 * max(layers)  # the layer at work and the one that is fetched ahead
+            gathered = outer + 2 * int(layers.max())  # the layer at work and the one that is fetched ahead
         # stage 2 and 3 reduce after each micro-batch, a pipeline and the others once a step
         waits = self.micro_batches > 1 and (self.zero < 2 or self.stages > 1)
         return 4 * shard + self.item * gathered, 4 * (held if waits else shard), moments * shard
@@ -158,17 +173,17 @@ class _Layout:
     def activations(self, stage: int) -> int:
         """Bytes that autograd keeps on `stage` when most micro-batches are under way, and the logits there."""
         parallel, least = self.parallel, self.layer_input()
-        whole = [self.layer_activations(layer) for layer in self.layers_at(stage)]
+        whole = self.each(stage, self.layer_activations)
         if parallel.recompute_granularity != "full":
-            each, at_work = sum(whole), 0
+            each, at_work = int(whole.sum()), 0
         elif parallel.recompute_method == "block":
             count = len(whole) if parallel.recompute_num_layers is None else parallel.recompute_num_layers
-            each = min(count, len(whole)) * least + sum(whole[count:])
-            at_work = max(whole[:count], default=0)
+            each = min(count, len(whole)) * least + int(whole[count:].sum())
+            at_work = int(whole[:count].max(initial=0))
         else:
             size = parallel.recompute_num_layers or 1
             each = math.ceil(len(whole) / size) * least
-            at_work = max(sum(whole[start : start + size]) for start in range(0, len(whole), size))
+            at_work = int(np.add.reduceat(whole, np.arange(0, len(whole), size)).max())
         kept = int(each * self._under_way(stage)) + at_work
         if stage == self.stages - 1:
             tokens = self.rows * self.length
