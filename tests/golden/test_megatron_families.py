@@ -53,7 +53,11 @@ FAMILIES: dict[str, tuple[dict[str, Any], bool]] = {
     "gemma": ({"activation": "gelu_tanh", "tie_word_embeddings": True}, True),
     "gemma2": (SANDWICH | {"activation": "gelu_tanh", "sliding_window": 9, "window_layers": "even"}, False),
     "gemma3": (SANDWICH | {"activation": "gelu_tanh", "qk_norm": True}, False),
-    "bloom": (LAYER_NORM | {"ffn_hidden_size": 64, "position_embedding": "alibi", "embedding_norm": True, "tie_word_embeddings": True}, True),
+    "bloom": (
+        LAYER_NORM
+        | {"ffn_hidden_size": 64, "position_embedding": "alibi", "embedding_norm": True, "tie_word_embeddings": True},
+        True,
+    ),
     "gpt2": (LAYER_NORM | {"position_embedding": "learned_absolute", "tie_word_embeddings": True}, True),
     "mixtral": (EXPERTS, False),
     "grok": (EXPERTS | {"sandwich_norm": True, "tie_word_embeddings": True}, False),
