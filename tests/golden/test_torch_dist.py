@@ -47,7 +47,12 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def unpacked(name: str, tmp_path: Path) -> Path:
     with tarfile.open(OWN / f"{name}.tar.xz") as archive:
-        archive.extractall(tmp_path, filter="data")
+        for member in archive:  # Python before 3.11.4 has no safe extractall
+            if member.isfile():
+                path = tmp_path / member.name
+                assert path.resolve().is_relative_to(tmp_path.resolve())
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(archive.extractfile(member).read())
     return tmp_path
 
 
