@@ -80,6 +80,7 @@ SPELLINGS: dict[str, str] = {
     "parallel.layers_per_stage": "--num-layer-list --manual-layers",
     "parallel.distributed_optimizer": "--use-distributed-optimizer",
     "parallel.recompute_num_layers": "--recompute-num-layers --checkpoint-num-layers",
+    "optimizer.router_bias_update_rate": "--moe-router-bias-update-rate",
     "optimizer.override_schedule": "--override-opt_param-scheduler",
     "optimizer.use_checkpoint_schedule": "--use-checkpoint-opt_param-scheduler",
     "optimizer.split_master": "--reuse-fp32-param",
@@ -462,11 +463,6 @@ REFUSED: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
         (
             f"a number of recomputed layers for each stage is {NOT_BUILT}; use --recompute-num-layers",
             "--recomputation-layer-num:ints",
-            (),
-        ),
-        (
-            f"dropping fp32 gradients is {NOT_BUILT}; use --reuse-fp32-param or --use-distributed-optimizer",
-            "--release-fp32-grad",
             (),
         ),
         (

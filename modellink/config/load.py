@@ -144,7 +144,7 @@ def _derive(resolved: ResolvedConfig, printing: bool) -> None:
             f"{resolved.origins['parallel.sequence_parallel']} is switched off: one tensor-parallel rank"
         )
         derive("parallel.sequence_parallel", False, "one tensor-parallel rank")
-    if config.optimizer.bf16:
+    if config.optimizer.bf16 and not config.optimizer.release_fp32_grad:
         derive("optimizer.fp32_grad_accumulation", True, "bf16 accumulates gradients in fp32")
     if parallel.recompute_granularity == "full":
         if parallel.recompute_method is None:

@@ -329,6 +329,12 @@ class OptimizerConfig:
         help="store the fp32 master as the bf16 weight plus a 16-bit remainder: same bits, 4 bytes less a parameter",
     )
     fp32_grad_accumulation: bool = option(False, help="accumulate and reduce gradients in fp32 (always so with bf16)")
+    release_fp32_grad: bool = option(
+        False, help="accumulate gradients in the compute dtype after all: 2 bytes less a parameter, and less exact sums"
+    )
+    router_bias_update_rate: float = option(
+        1e-3, help="after each step the router's correction bias of an expert moves by this, against its load"
+    )
     loss_scale: float | None = option(None, help="constant fp16 loss scale; default: dynamic")
     initial_loss_scale: float = option(2.0**32, help="first dynamic loss scale")
     min_loss_scale: float = option(1.0, help="smallest dynamic loss scale")

@@ -268,13 +268,13 @@ def _context(resolved: ResolvedConfig) -> None:
     exchange = {"ulysses_cp_algo": size, "hybrid_cp_algo": degree or 1}.get(algorithm, 1)
     rings = size // exchange
     pieces = exchange if rings == 1 else 2 * rings * exchange
-    length = config.data.pad_to_multiple_of if config.data.variable_seq_lengths else config.data.seq_length
-    path = "data.pad_to_multiple_of" if config.data.variable_seq_lengths else "data.seq_length"
-    if length and length % pieces:
-        raise ModelLinkError(
-            f"{given} cuts a sequence into {pieces} equal pieces, but {_given(resolved, path)} is not divisible by "
-            f"{pieces}: change one."
-        )
+    lengths = ["data.seq_length", *(["data.pad_to_multiple_of"] if config.data.variable_seq_lengths else [])]
+    for path in lengths:
+        if (resolved.get(path) or 0) % pieces:
+            raise ModelLinkError(
+                f"{given} cuts a sequence into {pieces} equal pieces, but {_given(resolved, path)} is not divisible by "
+                f"{pieces}: change one."
+            )
     heads, groups = (config.model.num_attention_heads or 1) // tensor, (config.model.num_key_value_heads or 1) // tensor
     if heads % exchange or (groups % exchange and exchange % groups):
         raise ModelLinkError(
@@ -372,6 +372,12 @@ def _optimizer(resolved: ResolvedConfig) -> None:
     optimizer = resolved.config.optimizer
     if optimizer.bf16 and optimizer.fp16:
         raise ModelLinkError("--bf16 and --fp16 exclude each other: leave one out.")
+    if optimizer.release_fp32_grad and not resolved.is_default("optimizer.fp32_grad_accumulation"):
+        raise ModelLinkError(
+            f"--release-fp32-grad contradicts {flag_of('optimizer.fp32_grad_accumulation')}: leave one out."
+        )
+    if optimizer.release_fp32_grad and resolved.data_parallel * resolved.config.parallel.context_parallel > 1:
+        resolved.warnings.append("--release-fp32-grad: no effect with data parallelism: gradients are fp32 shards")
     if optimizer.split_master and not optimizer.bf16:
         raise ModelLinkError(
             f"{flag_of('optimizer.split_master')} stores masters as bf16 weights and remainders: it needs --bf16."

@@ -116,7 +116,8 @@ class _Layout:
         moments = MOMENTS[self.optimizer.optimizer]
         if self.copies == 1:
             master = 0 if self.item == 4 else 2 if self.optimizer.split_master else 4
-            return self.item * held, 4 * held, (master + moments) * held
+            gradients = self.item if self.optimizer.release_fp32_grad else 4
+            return self.item * held, gradients * held, (master + moments) * held
         shard = all_experts // self.shards if self.zero else held
         gathered = held
         if self.zero == 3 and self.stages == 1:

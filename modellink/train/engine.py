@@ -127,7 +127,7 @@ class Engine:
         self._fsdp = model.fsdp_modules()
         self._experts = [module for chunk in model.chunks for module in chunk.modules() if isinstance(module, MoE)]
         # FSDP accumulates in its reduce dtype by itself; fp32 parameters need nothing
-        if not self._fsdp and config.optimizer.dtype != "float32":
+        if not self._fsdp and config.optimizer.dtype != "float32" and not config.optimizer.release_fp32_grad:
             Float32Accumulation([p for _, p in model.named_parameters() if p.requires_grad])
         tied_elsewhere = model.tied_copy is not None and not model.specs[0].first
         self._counted_elsewhere = ("embed_tokens.weight",) if tied_elsewhere else ()
@@ -247,8 +247,24 @@ class Engine:
         if not skipped:
             clip = self.config.optimizer.clip_grad
             self.optimizer.step(clip_coefficient(norm, clip) * inverse if clip > 0 else inverse)
+            self._move_router_biases()
         self.optimizer.zero_grad()
         return norm, skipped, zeros
+
+    def _move_router_biases(self) -> None:
+        """Make experts that got more than their share of the step's tokens less eligible, the others more.
+
+        Source: auxiliary-loss-free balancing, Wang et al., arXiv:2408.15664.
+        """
+        rate = self.config.optimizer.router_bias_update_rate
+        biased = [moe for moe in self._experts if moe.gate.e_score_correction_bias is not None]
+        if not biased or not rate:
+            return
+        loads = [moe.load_E for moe in biased if moe.load_E is not None]
+        load_LE = self.topology.sum_over_data(torch.stack(loads).float())
+        steps_LE = (load_LE.mean(-1, keepdim=True) - load_LE).sign() * rate
+        for moe, step_E in zip(biased, steps_LE, strict=True):
+            local_tensor(moe.gate.e_score_correction_bias).add_(step_E)
 
     def step(self, batch: Batch, micro_batch_size: int) -> StepResult:
         """One whole optimizer step on this rank's rows of the global batch."""
