@@ -16,14 +16,15 @@ With 8-bit moments (modellink/optim/states.py tells how) the last term is 2.03 i
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from modellink.optim.mixed_precision import MasterMode, MixedPrecisionOptimizer, is_bias_or_vector
+from modellink.optim.mixed_precision import MixedPrecisionOptimizer, OptimizerOptions
 from modellink.optim.states import BlockState, FullState, StateForm
 
 # Tensors with fewer elements keep float32 moments: they are few, and norms and biases suffer most (as bitsandbytes).
@@ -98,26 +99,18 @@ class MixedPrecisionAdamW(MixedPrecisionOptimizer):
         self,
         named_params: Iterable[tuple[str, nn.Parameter]],
         *,
-        lr: float,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
-        master: MasterMode = "separate",
         eight_bits: bool = False,
-        no_decay: Callable[[str, Tensor], bool] = is_bias_or_vector,
-        decoupled: Callable[[str], bool] | None = None,
-        bucket_elements: int | None = None,
+        **options: Unpack[OptimizerOptions],
     ) -> None:
         rule, packed = AdamWRule(betas, eps), AdamWRule(betas, eps, eight_bits=True)
         super().__init__(
             named_params,
             rule,
-            lr=lr,
             weight_decay=weight_decay,
-            master=master,
-            no_decay=no_decay,
-            decoupled=decoupled,
-            bucket_elements=bucket_elements,
             # by the size of the whole parameter, so that every layout decides alike
             rule_for=lambda _, p: packed if eight_bits and p.numel() >= EIGHT_BIT_ELEMENTS else rule,
+            **options,
         )

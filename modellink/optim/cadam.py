@@ -17,12 +17,13 @@ In bytes a parameter (weights + gradients + masters + momentum; scales are 4 byt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
-from modellink.optim.mixed_precision import MasterMode, MixedPrecisionOptimizer, is_bias_or_vector
+from modellink.optim.mixed_precision import MixedPrecisionOptimizer, OptimizerOptions
 from modellink.optim.states import RowScaledState, StateForm
 
 
@@ -59,21 +60,13 @@ class MixedPrecisionCAdam(MixedPrecisionOptimizer):
         self,
         named_params: Iterable[tuple[str, nn.Parameter]],
         *,
-        lr: float,
         beta: float = 0.9,
         weight_decay: float = 0.01,
-        master: MasterMode = "separate",
-        no_decay: Callable[[str, Tensor], bool] = is_bias_or_vector,
-        decoupled: Callable[[str], bool] | None = None,
-        bucket_elements: int | None = None,
+        **options: Unpack[OptimizerOptions],
     ) -> None:
         super().__init__(
             named_params,
             CAdamRule(beta),
-            lr=lr,
             weight_decay=weight_decay,
-            master=master,
-            no_decay=no_decay,
-            decoupled=decoupled,
-            bucket_elements=bucket_elements,
+            **options,
         )

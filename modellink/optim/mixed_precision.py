@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Required, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,16 @@ class _Bucket:
 def is_bias_or_vector(name: str, param: Tensor) -> bool:
     """Megatron's rule for what is not decayed: biases and 1-dimensional parameters (spec e.2)."""
     return param.ndim <= 1 or name.endswith("bias")  # experts stack theirs: up_proj_bias [E, F]
+
+
+class OptimizerOptions(TypedDict, total=False):
+    """What every optimizer takes besides its parameters, its rule and its weight decay; see MixedPrecisionOptimizer."""
+
+    lr: Required[float]
+    master: MasterMode
+    no_decay: Callable[[str, Tensor], bool]
+    decoupled: Callable[[str], bool] | None
+    bucket_elements: int | None
 
 
 class MixedPrecisionOptimizer:

@@ -24,7 +24,8 @@ with bfloat16 gradients and split masters 2 + 2 + 2 + 4 = 10.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ from torch.distributed.tensor import DTensor
 
 from modellink.optim.adamw import AdamWRule
 from modellink.optim.local import like_parameter, local_tensor
-from modellink.optim.mixed_precision import MasterMode, MixedPrecisionOptimizer, is_bias_or_vector
+from modellink.optim.mixed_precision import MixedPrecisionOptimizer, OptimizerOptions, is_bias_or_vector
 from modellink.optim.states import FullState, StateForm
 from modellink.parallel.shard import local_slice
 
@@ -115,7 +116,6 @@ class MixedPrecisionMuon(MixedPrecisionOptimizer):
         self,
         named_params: Iterable[tuple[str, nn.Parameter]],
         *,
-        lr: float,
         momentum: float = 0.95,
         newton_schulz_steps: int = 5,
         scale: float = 0.2,
@@ -123,20 +123,13 @@ class MixedPrecisionMuon(MixedPrecisionOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
-        master: MasterMode = "separate",
-        no_decay: Callable[[str, Tensor], bool] = is_bias_or_vector,
-        decoupled: Callable[[str], bool] | None = None,
-        bucket_elements: int | None = None,
+        **options: Unpack[OptimizerOptions],
     ) -> None:
         others, matrices = AdamWRule(betas, eps), MuonRule(momentum, newton_schulz_steps, scale, dtype)
         super().__init__(
             named_params,
             others,
-            lr=lr,
             weight_decay=weight_decay,
-            master=master,
-            no_decay=no_decay,
-            decoupled=decoupled,
-            bucket_elements=bucket_elements,
             rule_for=lambda name, param: matrices if is_hidden_matrix(name, param) else others,
+            **options,
         )

@@ -5,12 +5,13 @@ The update is torch's functional SGD; weight decay is the L2 term added to the g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from typing import Unpack
 
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
-from modellink.optim.mixed_precision import MasterMode, MixedPrecisionOptimizer, is_bias_or_vector
+from modellink.optim.mixed_precision import MixedPrecisionOptimizer, OptimizerOptions
 from modellink.optim.states import FullState, StateForm
 
 
@@ -56,21 +57,13 @@ class MixedPrecisionSGD(MixedPrecisionOptimizer):
         self,
         named_params: Iterable[tuple[str, nn.Parameter]],
         *,
-        lr: float,
         momentum: float = 0.9,
         weight_decay: float = 0.01,
-        master: MasterMode = "separate",
-        no_decay: Callable[[str, Tensor], bool] = is_bias_or_vector,
-        decoupled: Callable[[str], bool] | None = None,
-        bucket_elements: int | None = None,
+        **options: Unpack[OptimizerOptions],
     ) -> None:
         super().__init__(
             named_params,
             SGDRule(momentum),
-            lr=lr,
             weight_decay=weight_decay,
-            master=master,
-            no_decay=no_decay,
-            decoupled=decoupled,
-            bucket_elements=bucket_elements,
+            **options,
         )

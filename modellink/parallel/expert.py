@@ -10,19 +10,18 @@ sent, T tokens, D hidden, k experts of a token.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from modellink.config.schema import ParallelConfig
 from modellink.models.decoder import Decoder
 from modellink.models.moe import Experts, MoE, Routing
 from modellink.parallel.collectives import all_to_all, gather_rows, scatter_sum
-from modellink.parallel.plan import SUMMED, split_dimension
+from modellink.parallel.plan import split_dimension
+from modellink.parallel.tensor import local_part
 from modellink.parallel.topology import Topology
 
 
@@ -68,18 +67,6 @@ class AllGather:
         return scatter_sum(sums_TD, self.group)
 
 
-class LocalExperts:
-    """`Experts.local`: this rank's shard of a parameter as a plain tensor, with the placements its gradient has."""
-
-    def __init__(self, tensor_ranks: int) -> None:
-        self.tensor_ranks = tensor_ranks
-
-    def __call__(self, name: str, parameter: Any) -> Tensor:
-        gradients = [Partial() if p.is_replicate() else p for p in parameter.placements]
-        local: Tensor = parameter.to_local(grad_placements=gradients)
-        return local / self.tensor_ranks if f"experts.{name}" in SUMMED else local
-
-
 def apply_expert_parallel(model: Decoder, topology: Topology, parallel: ParallelConfig) -> None:
     """Split the experts of `model` (which may be on the meta device) over expert and tensor ranks, in place."""
     expert_ranks, tensor_ranks = topology.size("ep"), topology.size("tp")
@@ -93,7 +80,7 @@ def apply_expert_parallel(model: Decoder, topology: Topology, parallel: Parallel
         if not isinstance(module, MoE):
             continue
         split_experts(module.experts, f"{name}.experts", mesh, axes)
-        module.experts.local = LocalExperts(tensor_ranks)
+        module.experts.local = lambda leaf, parameter: local_part(f"experts.{leaf}", parameter, tensor_ranks)
         group = topology.group("ep")
         if group is None:
             continue

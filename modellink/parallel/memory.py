@@ -94,9 +94,10 @@ class _Layout:
 
     def each(self, stage: int, of: Callable[[int], int]) -> npt.NDArray[np.int64]:
         """`of` every layer of `stage`. Layers are of two kinds, so a model of any depth costs two calls."""
-        layers, model = self.layers_at(stage), self.model
-        after = (layers >= model.first_k_dense_replace) & (layers % model.moe_layer_freq == 0)
-        sparse = after if model.num_experts else np.zeros_like(after)
+        layers = self.layers_at(stage)
+        sparse = np.zeros(len(layers), np.bool_)
+        if self.model.num_experts:
+            sparse[:] = [self.model.layer_has_experts(layer) for layer in layers.tolist()]
         found = np.zeros(len(layers), np.int64)
         for kind in (sparse, ~sparse):
             if kind.any():

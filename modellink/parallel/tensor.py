@@ -59,6 +59,13 @@ class ReplicatedEmbedding(ParallelStyle):
 OWN = "experts."  # parameters that `expert.split_experts` splits
 
 
+def local_part(name: str, parameter: Any, tensor_ranks: int) -> Tensor:
+    """This rank's shard of the DTensor `parameter` as a plain tensor, with the placements that its gradient has."""
+    gradients = [Partial() if p.is_replicate() else p for p in parameter.placements]
+    local: Tensor = parameter.to_local(grad_placements=gradients)
+    return local / tensor_ranks if name.endswith(SUMMED) else local
+
+
 class LocalRegion:
     """Runs `module` on this rank's shards as plain tensors; what the ranks return are parts of one sum.
 
@@ -72,18 +79,14 @@ class LocalRegion:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         named = self.module.named_parameters()
-        local = {name: self._local(name, p) for name, p in named if not name.startswith(OWN)}
+        ranks = self.mesh.size()
+        local = {name: local_part(name, p, ranks) for name, p in named if not name.startswith(OWN)}
         if self.between is None:
             return functional_call(self.module, local, (x, *args), kwargs)
         whole = DTensor.from_local(x, self.mesh, [self.between], run_check=False).redistribute(placements=[Replicate()])
         part = functional_call(self.module, local, (whole.to_local(grad_placements=[Partial()]), *args), kwargs)
         sum_of_parts = DTensor.from_local(part, self.mesh, [Partial()], run_check=False)
         return sum_of_parts.redistribute(placements=[self.between]).to_local()
-
-    def _local(self, name: str, parameter: Any) -> Tensor:
-        gradients = [Partial() if p.is_replicate() else p for p in parameter.placements]
-        local: Tensor = parameter.to_local(grad_placements=gradients)
-        return local / self.mesh.size() if name.endswith(SUMMED) else local
 
 
 def apply_local_regions(model: Decoder, mesh: DeviceMesh, between: Shard | Replicate) -> list[str]:

@@ -6,7 +6,7 @@ are sums over tokens divided by the token count of the *global* batch before bac
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +47,12 @@ class StepResult:
     skipped: bool  # True when fp16 gradients overflowed and nothing was updated
     zeros: Tensor | None = None
     auxiliary: dict[str, Tensor] = field(default_factory=dict)  # losses of routers, mean over layers and tokens
+
+
+def _micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
+    """The rows of `batch`, `size` at a time."""
+    for start in range(0, len(batch["tokens"]), size):
+        yield {key: value[start : start + size] for key, value in batch.items()}
 
 
 def _extra(batch: Batch) -> Batch:
@@ -189,12 +195,11 @@ class Engine:
 
     def _accumulate(self, batch: Batch, micro_batch_size: int, loss_fn: Loss) -> Tensor:
         model = self.model.chunks[0]
-        rows = batch["tokens"].shape[0]
+        count = len(batch["tokens"]) // micro_batch_size
         reduce_each = self.topology.zero_stage >= 2
         total = torch.zeros((), dtype=torch.float32, device=self.device)
-        for start in range(0, rows, micro_batch_size):
-            part = {key: value[start : start + micro_batch_size] for key, value in batch.items()}
-            last = start + micro_batch_size >= rows
+        for number, part in enumerate(_micro_batches(batch, micro_batch_size), start=1):
+            last = number == count
             if self._fsdp:
                 model.set_is_last_backward(last)  # type: ignore[operator]
                 model.set_requires_gradient_sync(last or reduce_each)  # type: ignore[operator]
@@ -285,8 +290,7 @@ class Engine:
             )
         else:
             total = torch.zeros((), dtype=torch.float32, device=self.device)
-            for start in range(0, tokens.shape[0], micro_batch_size):
-                part = {key: value[start : start + micro_batch_size] for key, value in batch.items()}
+            for part in _micro_batches(batch, micro_batch_size):
                 total += self.loss(self.model.chunks[0](part["tokens"], **_extra(part)), part["labels"])
         return self._global_loss(total), self._token_count(labels)
 

@@ -198,3 +198,27 @@ def compare(per_rank: list[dict[str, Any]], reference: dict[str, Any]) -> dict[s
         note("evaluation", abs(result["evaluation"] - reference["evaluation"]) / reference["evaluation"])
     assert seen == set(reference["weights"]), "a parameter is on no rank"
     return errors
+
+
+def name_of(case: tuple[str, dict[str, Any], int]) -> str:
+    model, parallel, _ = case
+    return "-".join([model, *(f"{key}={value}" for key, value in parallel.items())])
+
+
+def wrong_cases(
+    cases: list[tuple[str, dict[str, Any], int]], per_rank: list[list[dict[str, Any]]], bound: float
+) -> dict[str, dict[str, float]]:
+    """Errors of the cases that are further than `bound` from one process, which is run once for all that share it."""
+    wrong: dict[str, dict[str, float]] = {}
+    references: dict[str, dict[str, Any]] = {}
+    for place, case in enumerate(cases):
+        model, parallel, micro_batch = case
+        # what is computed rather than how it is laid out
+        same = {key: value for key, value in parallel.items() if key == "cp_attention_mask_type"}
+        key = f"{name_of((model, same, micro_batch))} {micro_batch}"
+        if key not in references:
+            references[key] = train(model, same, micro_batch)
+        errors = compare([rank[place] for rank in per_rank], references[key])
+        if max(errors.values()) > bound:
+            wrong[name_of(case)] = errors
+    return wrong

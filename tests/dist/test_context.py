@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from equivalence import compare, run_cases, train
+from equivalence import run_cases, wrong_cases
 from spawn import run_distributed
 
 TOLERANCE = 1e-5
@@ -64,11 +64,6 @@ CASES: dict[int, list[tuple[str, dict[str, Any], int]]] = {
 }  # fmt: skip
 
 
-def name_of(case: tuple[str, dict[str, Any], int]) -> str:
-    model, parallel, _ = case
-    return "-".join([model, *(f"{key}={value}" for key, value in parallel.items())])
-
-
 # eight processes on two cores take a minute: `make test-all` runs them
 WORLDS = [2, 4, pytest.param(8, marks=pytest.mark.slow)]
 
@@ -82,14 +77,4 @@ def results(request: pytest.FixtureRequest) -> tuple[int, list[list[dict[str, An
 @pytest.mark.dist
 def test_shared_sequences_equal_one_process(results: tuple[int, list[list[dict[str, Any]]]]) -> None:
     world, per_rank = results
-    wrong = {}
-    references: dict[tuple[str, bool, int], dict[str, Any]] = {}
-    for place, case in enumerate(CASES[world]):
-        model, parallel, micro_batch = case
-        key = (model, "cp_attention_mask_type" in parallel, micro_batch)
-        if key not in references:
-            references[key] = train(model, FULL if key[1] else {}, micro_batch)
-        errors = compare([rank[place] for rank in per_rank], references[key])
-        if max(errors.values()) > TOLERANCE:
-            wrong[name_of(case)] = errors
-    assert not wrong
+    assert not wrong_cases(CASES[world], per_rank, TOLERANCE)

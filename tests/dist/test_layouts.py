@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from equivalence import compare, run_cases, train
+from equivalence import compare, name_of, run_cases, train, wrong_cases
 from spawn import run_distributed
 
 TOLERANCE = 1e-5
@@ -92,11 +92,6 @@ HALF: dict[int, list[tuple[str, dict[str, Any], int]]] = {
 }
 
 
-def name_of(case: tuple[str, dict[str, Any], int]) -> str:
-    model, parallel, _ = case
-    return "-".join([model, *(f"{key}={value}" for key, value in parallel.items())])
-
-
 @pytest.fixture(scope="module", params=sorted(CASES), ids=lambda world: f"{world}-ranks")
 def results(request: pytest.FixtureRequest) -> tuple[int, list[list[dict[str, Any]]]]:
     world = request.param
@@ -106,16 +101,7 @@ def results(request: pytest.FixtureRequest) -> tuple[int, list[list[dict[str, An
 @pytest.mark.dist
 def test_layouts_equal_one_process(results: tuple[int, list[list[dict[str, Any]]]]) -> None:
     world, per_rank = results
-    wrong = {}
-    references: dict[tuple[str, int], dict[str, Any]] = {}
-    for place, case in enumerate(CASES[world]):
-        model, _, micro_batch = case
-        if (model, micro_batch) not in references:
-            references[model, micro_batch] = train(model, {}, micro_batch)
-        errors = compare([rank[place] for rank in per_rank], references[model, micro_batch])
-        if max(errors.values()) > TOLERANCE:
-            wrong[name_of(case)] = errors
-    assert not wrong
+    assert not wrong_cases(CASES[world], per_rank, TOLERANCE)
 
 
 @pytest.mark.dist
