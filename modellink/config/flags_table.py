@@ -442,11 +442,6 @@ REFUSED: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
             "--distribute-saved-activations",
             (),
         ),
-        (
-            f"slicing the output matrix is {NOT_BUILT}; raise --tensor-model-parallel-size, which shards the logits",
-            "--output-layer-slice-num:int",
-            ("1",),
-        ),
         (f"high availability is {NOT_BUILT}; use --save-interval and restart", "--enable-high-availability", ()),
         (f"the profiler is {NOT_BUILT}; use PyTorch's own around the program", "--profile", ()),
         (f"8-bit floating point is {NOT_BUILT}; use --bf16", "--fp8-format:str --fp8-hybrid --fp8-e4m3", ()),

@@ -280,6 +280,9 @@ class ParallelConfig:
     recompute_num_layers: int | None = option(
         None, help="layers per group (uniform) or recomputed layers per stage (block)"
     )
+    output_layer_slice_num: int = option(
+        1, help="slices in which output matrix and loss are computed, so that logits of one slice exist at a time"
+    )
     compile: bool = option(False, help="torch.compile each layer")
 
 

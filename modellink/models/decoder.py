@@ -28,6 +28,8 @@ from modellink.models.rope import RopeTable, RotaryEmbedding
 
 LayerCall = Callable[[Tensor], Tensor]
 RunLayers = Callable[[list[LayerCall], Tensor], Tensor]
+# (decoder, final hidden states [B, S, D], labels [B, S]) -> losses [B, S]
+OutputLosses = Callable[["Decoder", Tensor, Tensor], Tensor]
 
 
 class DecoderLayer(nn.Module):
@@ -107,6 +109,8 @@ class Decoder(nn.Module):
         self.lm_head = head(hidden, vocab, bias=config.lm_head_bias) if last else None
         self.run_layers: RunLayers = run_layers_plainly
         self.causal = True  # False: every position sees all (--cp-attention-mask-type full)
+        # training hands in losses that take the place of logits, which then need never exist whole
+        self.output_losses: OutputLosses | None = None
         self.tie_weights()
 
     def _rotations(self) -> tuple[RotaryEmbedding | None, RotaryEmbedding | None]:
@@ -152,12 +156,14 @@ class Decoder(nn.Module):
         x_BSD = self.embed_dropout(x_BSD)
         return x_BSD.float() if config.fp32_residual else x_BSD
 
-    def logits(self, x_BSD: Tensor) -> Tensor:
-        """Final norm, output matrix, scaling and soft cap: [B, S, V] (V local where the vocabulary is sharded)."""
-        config = self.config
+    def final_hidden(self, x_BSD: Tensor) -> Tensor:
+        """Final norm and scaling, in the dtype of the output matrix."""
         x_BSD = self.norm(x_BSD).to(self.lm_head.weight.dtype)
-        if config.hidden_divisor != 1.0:
-            x_BSD = x_BSD / config.hidden_divisor
+        return x_BSD if self.config.hidden_divisor == 1.0 else x_BSD / self.config.hidden_divisor
+
+    def project(self, x_BSD: Tensor) -> Tensor:
+        """Output matrix, multiplier and soft cap: [B, S, V] (V local where the vocabulary is sharded)."""
+        config = self.config
         logits_BSV = self.lm_head(x_BSD)
         if config.logits_multiplier != 1.0:
             logits_BSV = logits_BSV * config.logits_multiplier
@@ -165,6 +171,10 @@ class Decoder(nn.Module):
             cap = config.output_logit_softcap
             logits_BSV = cap * torch.tanh(logits_BSV / cap)
         return logits_BSV
+
+    def logits(self, x_BSD: Tensor) -> Tensor:
+        """Hidden states of the last layer -> [B, S, V]."""
+        return self.project(self.final_hidden(x_BSD))
 
     def forward(
         self,
@@ -175,13 +185,14 @@ class Decoder(nn.Module):
         sequence_length: int | None = None,
         last_only: bool = False,
         documents: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> Tensor:
         """Token ids int [B, S] on the first stage, hidden states [B, S, D] on later ones -> logits or hidden states.
 
         position_ids int [B, S] or [S], default 0.. after what the cache holds. first_key int [B]: keys before it are
         left padding. documents int [B, whole sequence] numbers packed documents, which do not see each other.
         sequence_length S is needed only where x holds a shard of the sequence. last_only keeps the last
-        position's logits, [B, 1, V].
+        position's logits, [B, 1, V]. With labels int [B, S] and `output_losses` the result is losses, fp32 [B, S].
         """
         past = cache.length if cache is not None else 0
         length = sequence_length or x.shape[1]
@@ -200,6 +211,8 @@ class Decoder(nn.Module):
         x = self.run_layers(calls, x)
         if self.lm_head is None:
             return x
+        if self.output_losses is not None and labels is not None:
+            return self.output_losses(self, self.final_hidden(x), labels)
         return self.logits(x[:, -1:] if last_only else x)
 
 

@@ -188,7 +188,7 @@ class _Layout:
             at_work = int(np.add.reduceat(whole, np.arange(0, len(whole), size)).max())
         kept = int(each * self._under_way(stage)) + at_work
         if stage == self.stages - 1:
-            tokens = self.rows * self.length
+            tokens = self.rows * math.ceil(self.length / parallel.output_layer_slice_num)
             logits = tokens * (self.model.padded_vocab_size or 0) // self.tensor
             kept += logits * (2 * self.item + 8)  # with their gradient; log-softmax and its gradient in fp32
         return kept

@@ -82,6 +82,8 @@ class Pipeline:
         edge: dict[str, Any] = {"device": "meta", "requires_grad": True}
         hidden = torch.empty(micro_batch, local, config.hidden_size, dtype=hidden_dtype, **edge)
         logits = torch.empty(micro_batch, length, config.padded_vocab_size // split, dtype=self.dtype, **edge)
+        if self.parallel.output_layer_slice_num > 1:  # the last stage ends in losses
+            logits = torch.empty(micro_batch, length, **edge)
         return [
             PipelineStage(
                 chunk,

@@ -32,7 +32,8 @@ from modellink.optim.muon import MixedPrecisionMuon
 from modellink.optim.scaler import LossScaler
 from modellink.optim.sgd import MixedPrecisionSGD
 from modellink.parallel.apply import ParallelModel
-from modellink.train.losses import IGNORED, cross_entropy_sum
+from modellink.train.losses import IGNORED, cross_entropy_sum, token_cross_entropy
+from modellink.train.sliced_losses import SlicedLosses
 
 Batch = dict[str, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -53,10 +54,6 @@ def _micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
     """The rows of `batch`, `size` at a time."""
     for start in range(0, len(batch["tokens"]), size):
         yield {key: value[start : start + size] for key, value in batch.items()}
-
-
-def _extra(batch: Batch) -> Batch:
-    return {name: batch[name] for name in EXTRA if name in batch}
 
 
 class Float32Accumulation:
@@ -130,6 +127,12 @@ class Engine:
         vocabulary_group = self.topology.group("tp")
         vocab_size: Any = config.model.vocab_size or config.model.padded_vocab_size
         self.loss = loss or (lambda logits, labels: cross_entropy_sum(logits, labels, vocab_size, vocabulary_group))
+        self._inputs: tuple[str, ...] = EXTRA  # what the model takes besides tokens
+        if config.parallel.output_layer_slice_num > 1:
+            self._slice_losses(
+                lambda logits, labels: token_cross_entropy(logits, labels, vocab_size, vocabulary_group),
+                config.parallel.output_layer_slice_num,
+            )
         self._fsdp = model.fsdp_modules()
         self._experts = [module for chunk in model.chunks for module in chunk.modules() if isinstance(module, MoE)]
         # FSDP accumulates in its reduce dtype by itself; fp32 parameters need nothing
@@ -137,6 +140,16 @@ class Engine:
             Float32Accumulation([p for _, p in model.named_parameters() if p.requires_grad])
         tied_elsewhere = model.tied_copy is not None and not model.specs[0].first
         self._counted_elsewhere = ("embed_tokens.weight",) if tied_elsewhere else ()
+
+    def _slice_losses(self, token_losses: Loss, slices: int) -> None:
+        """Let the model end in the losses of its tokens, so that its output matrix can be used slice by slice."""
+        for chunk in self.model.chunks:
+            chunk.output_losses = SlicedLosses(token_losses, slices)
+        self._inputs = (*EXTRA, "labels")
+        self.loss = lambda losses_BS, labels_BS: losses_BS.sum()
+
+    def _extra(self, batch: Batch) -> Batch:
+        return {name: batch[name] for name in self._inputs if name in batch}
 
     def _token_count(self, labels_BS: Tensor) -> Tensor:
         """fp32 scalar: tokens with a label in the global batch, at least 1."""
@@ -163,7 +176,7 @@ class Engine:
 
         if self.model.pipeline is not None:
             total = self.model.pipeline.run(
-                tokens, labels, loss_fn, micro_batch_size, training=True, extra=_extra(batch)
+                tokens, labels, loss_fn, micro_batch_size, training=True, extra=self._extra(batch)
             )
         else:
             total = self._accumulate(batch, micro_batch_size, loss_fn)
@@ -203,7 +216,7 @@ class Engine:
             if self._fsdp:
                 model.set_is_last_backward(last)  # type: ignore[operator]
                 model.set_requires_gradient_sync(last or reduce_each)  # type: ignore[operator]
-            loss = loss_fn(model(part["tokens"], **_extra(part)), part["labels"])
+            loss = loss_fn(model(part["tokens"], **self._extra(part)), part["labels"])
             loss.backward()
             total += loss.detach()
         return total
@@ -286,12 +299,12 @@ class Engine:
         tokens, labels = batch["tokens"], batch["labels"]
         if self.model.pipeline is not None:
             total = self.model.pipeline.run(
-                tokens, labels, self.loss, micro_batch_size, training=False, extra=_extra(batch)
+                tokens, labels, self.loss, micro_batch_size, training=False, extra=self._extra(batch)
             )
         else:
             total = torch.zeros((), dtype=torch.float32, device=self.device)
             for part in _micro_batches(batch, micro_batch_size):
-                total += self.loss(self.model.chunks[0](part["tokens"], **_extra(part)), part["labels"])
+                total += self.loss(self.model.chunks[0](part["tokens"], **self._extra(part)), part["labels"])
         return self._global_loss(total), self._token_count(labels)
 
     def params_norm(self) -> Tensor:

@@ -151,7 +151,6 @@ def test_bad_command_lines(argv: list[str], words: list[str]) -> None:
     [
         ["--lora-target-modules", "dense"],
         ["--swap-attention"],
-        ["--output-layer-slice-num", "10"],
         ["--enable-high-availability"],
         ["--fp8-format", "hybrid"],
         ["--profile"],
@@ -167,7 +166,7 @@ def test_refused_when_it_asks_for_something(argv: list[str]) -> None:
 @pytest.mark.parametrize(
     "argv",
     [
-        ["--output-layer-slice-num", "1"],
+        ["--remote-device", "none"],
         ["--auto-recompute-device-size", "-1"],
         ["--z-loss-weight", "0.0"],
         ["--context-parallel-size", "1"],

@@ -36,7 +36,6 @@ LATER = {
     "--lora-load": "adapters are not built yet",
     "--lora-target-modules": "adapters are not built yet",
     "--swap-attention": "moving activations to host memory is not built yet",
-    "--output-layer-slice-num": "slicing the output matrix is not built yet",
     "--recompute-activation-function": "recomputing the activation function alone is not built yet",
     "--enable-recompute-layers-per-pp-rank": "counting recomputed layers over virtual stages is not built yet",
     "--stage": "preference training is not built yet",
