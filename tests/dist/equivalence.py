@@ -123,12 +123,16 @@ def whole(tensor: Tensor) -> Tensor:
 def train(model: str, parallel: dict[str, Any], micro_batch: int = 1, **optimizer: Any) -> dict[str, Any]:
     """Losses, gradient norms, gradients of each step and final weights (only the names this rank's stage holds)."""
     name, _, kind = model.partition(" ")
-    packed = kind == "packed"
     config = Config(
         model=ModelConfig(**MODELS[name]).resolve(),
         parallel=ParallelConfig(**parallel),
         optimizer=OptimizerConfig(**{"lr": 1e-3, "weight_decay": 0.1, "clip_grad": 0.5, "adam_eps": 1e-5} | optimizer),
     )
+    return train_config(config, micro_batch, packed=kind == "packed")
+
+
+def train_config(config: Config, micro_batch: int, packed: bool) -> dict[str, Any]:
+    """The same of a whole configuration."""
     topology = Topology(config.parallel)
     dtype = getattr(torch, config.optimizer.dtype)
     built = build_model(config.model, config.parallel, topology, torch.device("cpu"), dtype, seed=7)
