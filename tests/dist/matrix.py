@@ -21,7 +21,7 @@ from modellink.config.load import load_config
 from modellink.config.resolved import ResolvedConfig
 from modellink.errors import ModelLinkError
 
-LARGEST_WORLD = 8
+FEW, MANY = 4, 8  # processes that the rows of the fast suite, and of all pairs, may take
 BASE = (
     f"--seq-length {SEQUENCE} --micro-batch-size 1 --global-batch-size {ROWS} --train-iters 3 --mock-data "
     "--lr 1e-3 --weight-decay 0.1 --clip-grad 0.5 --adam-eps 1e-5"
@@ -137,17 +137,17 @@ def resolve(row: Row) -> ResolvedConfig | str:
             os.environ["WORLD_SIZE"] = before
 
 
-def exists(row: Row) -> bool:
-    return ranks_of(row) <= LARGEST_WORLD and not isinstance(resolve(row), str)
+def exists(row: Row, ranks: int = MANY) -> bool:
+    return ranks_of(row) <= ranks and not isinstance(resolve(row), str)
 
 
-def supported(features: Iterable[Feature]) -> Row | None:
+def supported(features: Iterable[Feature], ranks: int = MANY) -> Row | None:
     """The smallest row with these features that exists: as they are, or with up to two companions."""
     features = row_of(features)
     free = [each for each in COMPANIONS if each[0] not in dict(features)]
     for count in range(3):
         for more in itertools.combinations(free, count):
-            if len({axis for axis, _ in more}) == count and exists(row_of((*features, *more))):
+            if len({axis for axis, _ in more}) == count and exists(row_of((*features, *more)), ranks):
                 return row_of((*features, *more))
     return None
 
@@ -159,7 +159,7 @@ def pairs_of(row: Row) -> Iterator[tuple[Feature, Feature]]:
             yield pair
 
 
-def _extended(row: Row, wanted: set[tuple[Feature, Feature]]) -> Row:
+def _extended(row: Row, wanted: set[tuple[Feature, Feature]], ranks: int) -> Row:
     """`row` with a value of every other axis that proves more wanted pairs, while that exists."""
     for axis, values in AXES.items():
         if axis in dict(row) or axis == "precision":
@@ -168,7 +168,7 @@ def _extended(row: Row, wanted: set[tuple[Feature, Feature]]) -> Row:
         for value in values:
             longer = row_of((*row, (axis, value)))
             found = sum(pair in wanted for pair in pairs_of(longer))
-            if found > gain and exists(longer):
+            if found > gain and exists(longer, ranks):
                 best, gain = longer, found
         row = best
     return row
@@ -195,30 +195,30 @@ def refused() -> dict[tuple[Feature, Feature], str]:
 
 
 @functools.cache
-def covering() -> tuple[Row, ...]:
-    """Rows in which every pair of features that exists occurs at least once."""
+def covering(ranks: int = MANY) -> tuple[Row, ...]:
+    """Rows of up to `ranks` processes in which every pair of features that these can have occurs at least once."""
     wanted = {pair for pair in itertools.combinations(ALL, 2) if pair[0][0] != pair[1][0]}
     rows = []
     for pair in sorted(wanted, key=lambda pair: tuple(ALL.index(feature) for feature in pair)):
         if pair not in wanted:
             continue
-        row = supported(pair)
+        row = supported(pair, ranks)
         if row is None:
             wanted.discard(pair)
             continue
-        row = _extended(row, wanted)
+        row = _extended(row, wanted, ranks)
         wanted -= set(pairs_of(row))
         rows.append(row)
     return tuple(rows)
 
 
 def mixtures(at_least: int = 3) -> list[Row]:
-    """A few of those rows: every pair of axes occurs in one of them, and every feature in `at_least`."""
+    """A few rows of few processes: every pair of axes occurs in one of them, and every feature in `at_least`."""
 
     def axes(row: Row) -> set[tuple[str, str]]:
         return {(one[0], other[0]) for one, other in pairs_of(row)}
 
-    rows, chosen = list(covering()), []
+    rows, chosen = list(covering(FEW)), []
     missing_axes = set().union(*(axes(row) for row in rows))
     missing = {feature: min(at_least, sum(feature in row for row in rows)) for feature in ALL}
     while missing_axes or any(missing.values()):

@@ -36,7 +36,7 @@ def test_the_folder_of_a_run_opens_in_transformers_and_continues(shared: Path, r
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(run).eval()
