@@ -453,3 +453,18 @@ def supports(feature: str) -> bool:
     if feature not in _FEATURES:
         raise ModelLinkError(f"unknown device feature {feature!r}.{suggest(feature, _FEATURES)}")
     return _FEATURES[feature]()
+
+
+# fused attention that returns its log-sum-exp, the preferred one first (the rows of `models.blockwise.KERNELS`)
+_ATTENTION_KERNELS = {"cpu": ("host",), "cuda": ("flash", "efficient")}
+
+
+@functools.cache
+def attention_kernels(kind: str) -> tuple[str, ...]:
+    """Names of the fused attention kernels for tensors on a device of this `kind`; none where no such kernel is known.
+
+    torch_npu's `npu_fusion_attention` is not among them: it returns the maximum and the sum of a softmax, each eight
+    times, instead of a log-sum-exp, and its backward wants those of the very block it is asked for.
+    """
+    names = _ATTENTION_KERNELS.get(kind, ())
+    return tuple(name for name in names if name != "flash" or supports("flash_attention"))

@@ -286,10 +286,10 @@ def _context(resolved: ResolvedConfig) -> None:
             f"--sequence-parallel cuts the {config.data.seq_length // size} positions of a context rank over "
             f"{tensor} tensor ranks: make {flag_of('data.seq_length')} a multiple of {size * tensor}."
         )
-    if rings > 1 and algorithm != "allgather_cp_algo" and config.model.attention_dropout:
+    if rings > 1 and config.model.attention_dropout:
         raise ModelLinkError(
-            f"{given} passes keys round a ring, which knows no dropout inside attention: give --attention-dropout 0, "
-            "or --context-parallel-algo ulysses_cp_algo."
+            f"{given} with --context-parallel-algo {algorithm} brings keys together in parts, which knows no dropout "
+            "inside attention: give --attention-dropout 0, or --context-parallel-algo ulysses_cp_algo."
         )
 
 

@@ -12,14 +12,17 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modellink.config.schema import ModelConfig
+from modellink.models.blockwise import BlockMask, ScoreRule, kernel_for
 from modellink.models.cache import LayerCache
 from modellink.models.layers import Dropout, make_norm
 from modellink.models.rope import RopeTable, rotate
+from modellink.models.tiles import Ids, Tile, attend_tiles, have_kernels, make_tiles
 
 
 def alibi_slopes(heads: int) -> Tensor:
@@ -45,7 +48,7 @@ class AttentionMask:
 
     query_length S queries are the last of key_length T positions. `first_key` int [B] masks the keys before it (left
     padding). `documents` int [B, all positions] numbers the documents of a packed sequence: keys of other documents
-    are hidden. `at` gives the mask between any positions, as context parallelism needs it.
+    are hidden.
     """
 
     def __init__(
@@ -59,19 +62,12 @@ class AttentionMask:
     ) -> None:
         self.query_length, self.key_length, self.device, self.first_key = query_length, key_length, device, first_key
         self.documents, self.causal = documents, causal
-        self._positions: tuple[Tensor, Tensor] | None = None
         self._dense: dict[int | None, Tensor] = {}
         self.derived: dict[Any, Any] = {}  # what others build from this mask, kept for all layers
 
-    def at(self, queries_S: Tensor, keys_T: Tensor) -> AttentionMask:
-        """The same rules between queries and keys at these positions of the sequence (int64 [S] and [T])."""
-        mask = AttentionMask(len(queries_S), len(keys_T), self.device, self.first_key, self.documents, self.causal)
-        mask._positions = queries_S, keys_T
-        return mask
-
     def is_trivial(self, window: int | None) -> bool:
         """True when a kernel's own causal rule (or no rule at all) says the same."""
-        if self.first_key is not None or self.documents is not None or self._positions is not None:
+        if self.first_key is not None or self.documents is not None:
             return False
         if window is not None and window < self.key_length:
             return False
@@ -79,10 +75,8 @@ class AttentionMask:
 
     def positions(self) -> tuple[Tensor, Tensor]:
         """int64 [S] and [T]: where queries and keys stand in the sequence."""
-        if self._positions is None:
-            key = torch.arange(self.key_length, device=self.device)
-            return key[self.key_length - self.query_length :], key
-        return self._positions
+        key = torch.arange(self.key_length, device=self.device)
+        return key[self.key_length - self.query_length :], key
 
     def distances(self) -> Tensor:
         """int [S, T]: how far each key lies behind each query; negative for keys ahead."""
@@ -103,6 +97,33 @@ class AttentionMask:
                 allowed = (allowed & real) | (distance == 0)  # softmax over nothing would be NaN
             self._dense[window] = allowed
         return self._dense[window]
+
+    def host_documents(self) -> Ids | None:
+        """`documents` on the host; the device is waited for once."""
+        if self.documents is not None and "documents" not in self.derived:
+            self.derived["documents"] = self.documents.cpu().numpy().astype(np.int64)
+        return self.derived.get("documents")
+
+    def tiles(self, window: int | None) -> list[Tile]:
+        """What is seen, without a dense mask; not for left padding."""
+        if ("tiles", window) not in self.derived:
+            assert self.first_key is None
+            keys = np.arange(self.key_length)
+            queries = keys[self.key_length - self.query_length :]
+            self.derived["tiles", window] = make_tiles(queries, keys, self.host_documents(), self.causal, window)
+        return self.derived["tiles", window]
+
+    def starts(self, rows: int) -> tuple[Tensor, int]:
+        """int32 [documents + 1]: where the documents of all `rows` start, one row after the other; the longest one."""
+        if "starts" not in self.derived:
+            documents = self.host_documents()
+            borders = np.zeros((rows, self.key_length), np.bool_)
+            borders[:, 0] = True
+            if documents is not None:
+                borders[:, 1:] = np.diff(documents) != 0
+            starts = np.append(np.flatnonzero(borders), borders.size).astype(np.int32)
+            self.derived["starts"] = torch.from_numpy(starts).to(self.device), int(np.diff(starts).max())
+        return self.derived["starts"]
 
 
 class AttentionCore(nn.Module):
@@ -154,6 +175,10 @@ class AttentionCore(nn.Module):
                     scale=scale,
                     enable_gqa=q_BHSK.shape[1] != k_BGTK.shape[1],
                 )
+            if not (by_hand or self.alibi or probability):
+                out_BHSK = self._attend_sparsely(q_BHSK, k_BGTK, v_BGTK, mask, scale)
+                if out_BHSK is not None:
+                    return out_BHSK
             repeats = q_BHSK.shape[1] // k_BGTK.shape[1]
             if repeats > 1:  # memory-efficient kernels take a mask or grouped heads, not both
                 k_BGTK, v_BGTK = k_BGTK.repeat_interleave(repeats, 1), v_BGTK.repeat_interleave(repeats, 1)
@@ -169,6 +194,18 @@ class AttentionCore(nn.Module):
             scores = scores.masked_fill(~bias, float("-inf")) if bias.dtype == torch.bool else scores + bias
             weights = self._softmax(scores, heads).to(q_BHSK.dtype)
             return F.dropout(weights, probability) @ v_BGTK
+
+    def _attend_sparsely(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> Tensor | None:
+        """Documents and windows at the cost of what is seen; None where no fused kernel does that."""
+        if mask.first_key is not None:
+            return None
+        rule, window = ScoreRule(scale), self.window
+        kernel = kernel_for(q, k, v, rule, BlockMask())
+        if kernel is not None and kernel.packed is not None and mask.query_length == mask.key_length:
+            if mask.causal or window is None or window >= mask.key_length:
+                return kernel.packed(q, k, v, *mask.starts(len(q)), mask.causal, window if mask.causal else None, scale)
+        tiles = mask.tiles(window)
+        return attend_tiles(q, k, v, rule, tiles) if have_kernels(q, k, v, rule, tiles) else None
 
     def _softmax(self, scores_BHST: Tensor, heads: slice) -> Tensor:
         if self.sinks is None:

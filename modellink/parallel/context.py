@@ -14,7 +14,7 @@ H query heads, G key/value heads, K head size, n ranks of a ring, u ranks of an 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,10 +22,11 @@ from torch import Tensor
 
 from modellink.config.schema import ParallelConfig
 from modellink.models.attention import ALL_HEADS, AttentionCore, AttentionMask
-from modellink.models.blockwise import BlockMask, ScoreRule, attend, attend_backward, merge
+from modellink.models.blockwise import ScoreRule, merge_
 from modellink.models.decoder import Decoder
 from modellink.models.moe import MoE
-from modellink.parallel.collectives import all_to_all, gather_rows
+from modellink.models.tiles import Tile, backward_tiles, forward_tiles, make_tiles
+from modellink.parallel.collectives import all_to_all
 from modellink.parallel.topology import Topology
 
 RING, ULYSSES, HYBRID, GATHER = "megatron_cp_algo", "ulysses_cp_algo", "hybrid_cp_algo", "allgather_cp_algo"
@@ -56,14 +57,6 @@ class ContextLayout:
         """int64 [length / (n u)]: positions of rank `rank` of the context group."""
         ring, place = divmod(rank, self.degree)
         return self.part(length, ring).chunk(self.degree)[place]
-
-
-class Block(NamedTuple):
-    """One step of a ring: these queries look at these keys of the block that is here."""
-
-    queries: slice
-    keys: slice
-    mask: BlockMask
 
 
 class ContextParallel:
@@ -123,10 +116,12 @@ class ContextParallel:
             q, k, v = (self._to_heads(x) for x in (q, k, v))
         if self.layout.rings == 1:
             out = core.attend(q, k, v, self._whole(mask, q.shape[2]), heads)
-        elif self.algorithm == GATHER:
-            out = self._gathered(core, q, k, v, mask, heads)
         else:
-            out = self._ring(core, q, k, v, mask, heads)
+            slopes = core.slopes(heads, q.shape[1]).to(q.device) if core.alibi else None
+            sinks = core.sinks[heads] if core.sinks is not None else None
+            kind = _GatheredAttention if self.algorithm == GATHER else _RingAttention
+            rule = ScoreRule(core.scale, core.softcap, slopes)
+            out = kind.apply(q, k, v, sinks, rule, self._tiles(core, mask, q.shape[2]), self)
         return self._to_positions(out) if degree > 1 else out
 
     def _to_heads(self, x_BHsK: Tensor) -> Tensor:
@@ -146,53 +141,17 @@ class ContextParallel:
             )
         return mask.derived["whole"]
 
-    def _gathered(
-        self, core: AttentionCore, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, heads: slice
-    ) -> Tensor:
-        length = k.shape[2] * self.layout.rings
-        if "gathered" not in mask.derived:
-            parts = torch.cat([self.layout.part(length, ring) for ring in range(self.layout.rings)])
-            mine = self.layout.part(length, self.ring).to(mask.device)
-            mask.derived["order"] = parts.argsort().to(mask.device)
-            mask.derived["gathered"] = mask.at(mine, torch.arange(length, device=mask.device))
-        order = mask.derived["order"]
-        k, v = (gather_rows(x.movedim(2, 0), self.rings)[order].movedim(0, 2) for x in (k, v))
-        return core.attend(q, k, v, mask.derived["gathered"], heads)
-
-    def _ring(self, core: AttentionCore, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, heads: slice) -> Tensor:
-        key = ("ring", core.window, core.alibi)
+    def _tiles(self, core: AttentionCore, mask: AttentionMask, local: int) -> list[list[Tile]]:
+        """What this rank's queries see of the keys of each rank of the ring, this one first, then backwards."""
+        key = "parts", core.window, core.alibi
         if key not in mask.derived:
-            mask.derived[key] = self._blocks(core, mask, q.shape[2])
-        slopes = core.slopes(heads, q.shape[1]).to(q.device) if core.alibi else None
-        rule = ScoreRule(core.scale, core.softcap, slopes)
-        sinks = core.sinks[heads] if core.sinks is not None else None
-        return _RingAttention.apply(q, k, v, sinks, rule, mask.derived[key], self)
-
-    def _blocks(self, core: AttentionCore, mask: AttentionMask, local: int) -> list[Block | None]:
-        """What happens at each step of the ring, None where nothing is seen of the block that is here."""
-        rings, half = self.layout.rings, local // 2
-        length, everything = local * rings, slice(0, local)
-        mine, blocks = self.layout.part(length, self.ring), []
-        plain = mask.documents is None and mask.first_key is None and not core.alibi
-        plain = plain and (core.window is None or core.window >= length)
-        for step in range(rings):
-            source = (self.ring - step) % rings
-            queries, keys = everything, everything
-            if mask.causal and source < self.ring:
-                keys = slice(0, half)  # the later chunk of an earlier rank lies behind all queries
-            elif mask.causal and source > self.ring:
-                queries = slice(half, local)
-            if plain:
-                blocks.append(Block(queries, keys, BlockMask(causal=mask.causal and source == self.ring)))
-                continue
-            theirs = self.layout.part(length, source)
-            distance = mine[queries, None] - theirs[None, keys]
-            if core.window is not None and not ((distance >= 0) & (distance < core.window)).any():
-                blocks.append(None)
-                continue
-            here = mask.at(mine[queries].to(mask.device), theirs[keys].to(mask.device))
-            blocks.append(Block(queries, keys, BlockMask(here.dense(core.window), here.distances())))
-        return blocks
+            assert mask.first_key is None, "left padding is for generation, which shares no sequence"
+            rings, documents = self.layout.rings, mask.host_documents()
+            parts = [self.layout.part(local * rings, (self.ring - step) % rings).numpy() for step in range(rings)]
+            mask.derived[key] = [
+                make_tiles(parts[0], part, documents, mask.causal, core.window, core.alibi) for part in parts
+            ]
+        return mask.derived[key]
 
     def exchange(self, tensors: list[Tensor]) -> tuple[list[Tensor], list[Any]]:
         """Send to the next rank of the ring, receive from the one before; returns what arrives and what to wait for."""
@@ -202,14 +161,52 @@ class ContextParallel:
         operations += [dist.P2POp(dist.irecv, tensor, before, self.rings) for tensor in arriving]
         return arriving, dist.batch_isend_irecv(operations)
 
+    def gather(self, x_BGsK: Tensor) -> Tensor:
+        """[n, B, G, s, K]: what the ranks of the ring hold."""
+        mine = _by_position(x_BGsK)
+        whole = mine.new_empty(self.layout.rings, *mine.shape)
+        dist.all_gather_into_tensor(whole, mine, group=self.rings)
+        return whole.transpose(2, 3)
+
+    def scatter_sum(self, parts: list[Tensor]) -> Tensor:
+        """Sum over the ranks of the ring of their n parts [B, G, s, K], of which each gets its own."""
+        whole = torch.stack([part.transpose(1, 2) for part in parts])
+        mine = torch.empty_like(whole[0])
+        dist.reduce_scatter_tensor(mine, whole, group=self.rings)
+        return mine.transpose(1, 2)
+
 
 def _finish(works: list[Any]) -> None:
     for work in works:
         work.wait()
 
 
+def _by_position(x_BGsK: Tensor) -> Tensor:
+    """[B, G, s, K] -> [B, s, G, K] without gaps, as projections leave it: mostly nothing is copied."""
+    return x_BGsK.transpose(1, 2).contiguous()
+
+
+def _empty_sums(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    out = q.new_zeros(*q.shape[:-1], v.shape[-1], dtype=wide)
+    return out, q.new_full(q.shape[:-1], float("-inf"), dtype=wide)
+
+
+def _merge_sinks_(out: Tensor, lse: Tensor, sinks_H: Tensor | None) -> None:
+    """One more key, whose value is zero."""
+    if sinks_H is not None:
+        merge_(out, lse, torch.zeros_like(out), sinks_H.to(lse.dtype)[:, None].expand_as(lse))
+
+
+def _sinks_gradient(grad: Tensor, out: Tensor, lse: Tensor, sinks_H: Tensor | None) -> Tensor | None:
+    if sinks_H is None:
+        return None
+    delta = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+    return -(torch.exp(sinks_H.to(lse.dtype)[:, None] - lse) * delta).sum((0, 2)).to(sinks_H.dtype)
+
+
 class _RingAttention(torch.autograd.Function):
-    """Keys and values go once round in forward; in backward they go round again, and their gradients with them."""
+    """Keys and values go once round in forward; in backward they go round again, and their gradients behind them."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
@@ -219,77 +216,104 @@ class _RingAttention(torch.autograd.Function):
         v: Tensor,
         sinks_H: Tensor | None,
         rule: ScoreRule,
-        blocks: list[Block | None],
+        steps: list[list[Tile]],
         context: ContextParallel,
     ) -> Tensor:
-        wide = torch.promote_types(q.dtype, torch.float32)
-        out = q.new_zeros(*q.shape[:-1], v.shape[-1], dtype=wide)
-        lse = q.new_full(q.shape[:-1], float("-inf"), dtype=wide)
-        here = [k.contiguous(), v.contiguous()]
-        for step, block in enumerate(blocks):
+        out, lse = _empty_sums(q, v)
+        here = [_by_position(k), _by_position(v)]
+        for step, tiles in enumerate(steps):
             works: list[Any] = []
-            last = step == len(blocks) - 1
+            last = step == len(steps) - 1
             if context.overlap and not last:
                 coming, works = context.exchange(here)
-            if block is not None:
-                rows, keys = block.queries, block.keys
-                more = attend(q[:, :, rows], here[0][:, :, keys], here[1][:, :, keys], rule, block.mask)
-                out[:, :, rows], lse[:, :, rows] = merge(out[:, :, rows], lse[:, :, rows], *more)
+            forward_tiles(q, here[0].transpose(1, 2), here[1].transpose(1, 2), rule, tiles, out, lse, step == 0)
             if not last:
                 if not context.overlap:
                     coming, works = context.exchange(here)
                 _finish(works)
                 here = coming
-        if sinks_H is not None:  # one more key, whose value is zero
-            logit = sinks_H.to(wide)[:, None].expand_as(lse)
-            out, lse = merge(out, lse, torch.zeros_like(out), logit)
+        _merge_sinks_(out, lse, sinks_H)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, sinks_H, out, lse)
-        ctx.rule, ctx.blocks, ctx.context = rule, blocks, context
+        ctx.rule, ctx.steps, ctx.context = rule, steps, context
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
         q, k, v, sinks_H, out, lse = ctx.saved_tensors
-        context, blocks, wide = ctx.context, ctx.blocks, lse.dtype
-        dq, dkv = torch.zeros_like(q, dtype=wide), [x.new_zeros(x.shape, dtype=wide) for x in (k, v)]
-        here = [k.contiguous(), v.contiguous()]
+        context, wide = ctx.context, lse.dtype
+        dq, home = torch.zeros_like(q, dtype=wide), [torch.zeros_like(x, dtype=wide) for x in (k, v)]
+        here, behind = [_by_position(k), _by_position(v)], []
         returning: list[Any] = []
-        for step, block in enumerate(blocks):
+        for step, tiles in enumerate(ctx.steps):
             works: list[Any] = []
-            last = step == len(blocks) - 1
+            last = step == len(ctx.steps) - 1
             if context.overlap and not last:
                 coming, works = context.exchange(here)
-            found = None
-            if block is not None:
-                rows, keys = block.queries, block.keys
-                parts = [x[:, :, rows] for x in (grad, q, out, lse)]
-                found = attend_backward(
-                    parts[0],
-                    parts[1],
-                    here[0][:, :, keys],
-                    here[1][:, :, keys],
-                    parts[2],
-                    parts[3],
-                    ctx.rule,
-                    block.mask,
-                )
-                dq[:, :, rows] += found[0]
-            _finish(returning)  # the gradients of the block that is here, by the ranks before
-            if found is not None:
-                for total, part in zip(dkv, found[1:], strict=True):
-                    total[:, :, block.keys] += part
-            if not last and not context.overlap:
-                coming, works = context.exchange(here)
-            _finish(works)
-            here = here if last else coming
-            dkv, returning = context.exchange(dkv)  # with their block; after the last step they are home
+            keys, values = (x.transpose(1, 2) for x in here)
+            # gradients of the keys that are here: of this rank's own at home, of others' to be added to what the ranks
+            # before have found, which arrives meanwhile
+            sums = home if step == 0 else [torch.zeros_like(x, dtype=wide) for x in (keys, values)]
+            backward_tiles(grad, (q, out, lse), keys, values, ctx.rule, tiles, (dq, sums[0], sums[1]))
+            if step > 0:
+                _finish(returning)
+                for total, part in zip(sums, behind, strict=False):  # nothing is behind the first of them
+                    total += part.transpose(1, 2)
+                # in the dtype of the keys, as their gradient is in the end
+                behind, returning = context.exchange([_by_position(x.to(k.dtype)) for x in sums])
+            if not last:
+                if not context.overlap:
+                    coming, works = context.exchange(here)
+                _finish(works)
+                here = coming
         _finish(returning)
-        dsinks = None
-        if sinks_H is not None:
-            delta = (grad.to(wide) * out.to(wide)).sum(-1)
-            dsinks = -(torch.exp(sinks_H.to(wide)[:, None] - lse) * delta).sum((0, 2)).to(sinks_H.dtype)
-        return dq.to(q.dtype), dkv[0].to(k.dtype), dkv[1].to(v.dtype), dsinks, None, None, None
+        for total, part in zip(home, behind, strict=True):
+            total += part.transpose(1, 2)
+        dsinks = _sinks_gradient(grad, out, lse, sinks_H)
+        return dq.to(q.dtype), home[0].to(k.dtype), home[1].to(v.dtype), dsinks, None, None, None
+
+
+class _GatheredAttention(torch.autograd.Function):
+    """Keys and values of all ranks at once; they are dropped after forward and gathered again in backward."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks_H: Tensor | None,
+        rule: ScoreRule,
+        steps: list[list[Tile]],
+        context: ContextParallel,
+    ) -> Tensor:
+        out, lse = _empty_sums(q, v)
+        keys, values = (context.gather(x) for x in (k, v))
+        for step, tiles in enumerate(steps):
+            source = (context.ring - step) % len(steps)
+            forward_tiles(q, keys[source], values[source], rule, tiles, out, lse, step == 0)
+        _merge_sinks_(out, lse, sinks_H)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, sinks_H, out, lse)
+        ctx.rule, ctx.steps, ctx.context = rule, steps, context
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
+        q, k, v, sinks_H, out, lse = ctx.saved_tensors
+        context, dq = ctx.context, torch.zeros_like(q, dtype=lse.dtype)
+        keys, values = (context.gather(x) for x in (k, v))
+        found: list[list[Tensor]] = [[], []]
+        for source in range(len(ctx.steps)):
+            tiles = ctx.steps[(context.ring - source) % len(ctx.steps)]
+            sums = [torch.zeros_like(x[source], dtype=lse.dtype) for x in (keys, values)]
+            backward_tiles(
+                grad, (q, out, lse), keys[source], values[source], ctx.rule, tiles, (dq, sums[0], sums[1])
+            )
+            for parts, total in zip(found, sums, strict=True):
+                parts.append(total.to(k.dtype))
+        dk, dv = (context.scatter_sum(parts) for parts in found)
+        return dq.to(q.dtype), dk, dv, _sinks_gradient(grad, out, lse, sinks_H), None, None, None
 
 
 def apply_context_parallel(model: Decoder, context: ContextParallel) -> None:

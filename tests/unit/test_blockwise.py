@@ -11,7 +11,7 @@ from torch import Tensor
 from modellink.config.schema import ModelConfig
 from modellink.models import blockwise
 from modellink.models.attention import AttentionMask
-from modellink.models.blockwise import BlockMask, ScoreRule, attend, attend_backward, merge
+from modellink.models.blockwise import BlockMask, ScoreRule, attend, attend_backward, merge_
 from modellink.models.decoder import Decoder
 
 QUERIES, KEYS, HEADS, GROUPS, SIZE = 5, 12, 4, 2, 8
@@ -52,10 +52,11 @@ def test_blocks_merge_to_one_softmax(
     expected = plain(*leaves, rule, allowed, distances)
     expected.backward(grad)
     mine, cuts = [x.to(dtype) for x in (q, k, v)], [slice(0, 3), slice(3, 7), slice(7, KEYS)]
-    masks = [BlockMask(allowed[:, cut] if kind == "masked" else None, distances[:, cut]) for cut in cuts]
+    window = 6 if kind == "masked" else None
+    masks = [BlockMask(KEYS - QUERIES - cut.start, kind == "masked", window) for cut in cuts]
     out, lse = attend(mine[0], mine[1][:, :, cuts[0]], mine[2][:, :, cuts[0]], rule, masks[0])
     for cut, mask in zip(cuts[1:], masks[1:], strict=True):
-        out, lse = merge(out, lse, *attend(mine[0], mine[1][:, :, cut], mine[2][:, :, cut], rule, mask))
+        merge_(out, lse, *attend(mine[0], mine[1][:, :, cut], mine[2][:, :, cut], rule, mask))
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=tolerance)
     dq = torch.zeros_like(out[..., :1].expand(*out.shape[:-1], SIZE))
@@ -69,14 +70,29 @@ def test_blocks_merge_to_one_softmax(
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_causal_block_is_the_lower_triangle(softcap: float | None) -> None:
-    q = torch.randn(1, 2, 6, 8, generator=torch.Generator().manual_seed(1))
-    triangle = torch.ones(6, 6, dtype=torch.bool).tril()
+@pytest.mark.parametrize(("queries", "keys"), [(6, 6), (4, 6)])
+def test_masks_by_kernel_and_by_hand(queries: int, keys: int, softcap: float | None) -> None:
+    """Triangle and bands: a fused kernel, plain products, and float64 with the mask written out."""
+    generator = torch.Generator().manual_seed(1)
+    q, k = (torch.randn(1, 2, length, 8, generator=generator, dtype=torch.float64) for length in (queries, keys))
     rule = ScoreRule(0.3, softcap)
-    for mine, by_mask in zip(
-        attend(q, q, q, rule, BlockMask(causal=True)), attend(q, q, q, rule, BlockMask(triangle)), strict=True
-    ):
-        torch.testing.assert_close(mine, by_mask, rtol=0, atol=1e-6)
+    for mask in (BlockMask(keys - queries, True), BlockMask(keys - queries, True, 3), BlockMask(2, False, 7)):
+        scores = q @ k.mT * 0.3
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        hidden = ~mask.allowed(slice(0, queries), keys, q.device)
+        weights = scores.masked_fill(hidden, float("-inf"))
+        for dtype in (torch.float32, torch.float64):
+            out, lse = attend(q.to(dtype), k.to(dtype), k.to(dtype), rule, mask)
+            torch.testing.assert_close(out.double(), weights.softmax(-1) @ k, rtol=0, atol=1e-6)
+            torch.testing.assert_close(lse.double(), weights.logsumexp(-1), rtol=0, atol=1e-6)
+
+
+def test_merging_what_saw_nothing() -> None:
+    """-inf is the log of an empty sum: merging it changes nothing, on either side or both."""
+    out, lse = torch.tensor([[1.0], [0.0], [0.0]]), torch.tensor([0.5, -torch.inf, -torch.inf])
+    merge_(out, lse, torch.tensor([[0.0], [2.0], [0.0]]), torch.tensor([-torch.inf, 0.25, -torch.inf]))
+    assert out.flatten().tolist() == [1.0, 2.0, 0.0]
+    assert lse.tolist() == [0.5, 0.25, -torch.inf]
 
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -107,13 +123,3 @@ def test_packed_documents_are_as_documents_alone(name: str) -> None:
             for part, mine in zip(tokens[row].split(sizes), packed[row].split(sizes), strict=True):
                 torch.testing.assert_close(mine, model(part[None])[0], rtol=0, atol=1e-5)
         assert (model(tokens, positions) - packed).abs().max() > 1e-3
-
-
-def test_masks_at_positions_are_parts_of_the_whole() -> None:
-    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2], [0, 1, 1, 1, 1, 1, 2, 2]])
-    whole = AttentionMask(8, 8, torch.device("cpu"), documents=documents)
-    queries, keys = torch.tensor([1, 6, 7]), torch.tensor([0, 3, 5, 6])
-    for window in (None, 3):
-        assert torch.equal(whole.at(queries, keys).dense(window), whole.dense(window)[:, :, queries][..., keys])
-    assert not whole.is_trivial(None)
-    assert AttentionMask(8, 8, torch.device("cpu"), causal=False).dense(None).all()
