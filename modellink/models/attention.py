@@ -199,11 +199,12 @@ class AttentionCore(nn.Module):
         """Documents and windows at the cost of what is seen; None where no fused kernel does that."""
         if mask.first_key is not None:
             return None
-        rule, window = ScoreRule(scale), self.window
+        window = self.window if self.window is not None and self.window < mask.key_length else None
+        rule = ScoreRule(scale)
         kernel = kernel_for(q, k, v, rule, BlockMask())
-        if kernel is not None and kernel.packed is not None and mask.query_length == mask.key_length:
-            if mask.causal or window is None or window >= mask.key_length:
-                return kernel.packed(q, k, v, *mask.starts(len(q)), mask.causal, window if mask.causal else None, scale)
+        whole = mask.query_length == mask.key_length and (mask.causal or window is None)
+        if whole and kernel is not None and kernel.packed is not None:
+            return kernel.packed(q, k, v, *mask.starts(len(q)), mask.causal, window, scale)
         tiles = mask.tiles(window)
         return attend_tiles(q, k, v, rule, tiles) if have_kernels(q, k, v, rule, tiles) else None
 

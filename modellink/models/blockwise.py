@@ -48,7 +48,7 @@ class BlockMask:
     window: int | None = None
 
     def kind(self, queries: int, keys: int) -> str:
-        """"full": all is seen; "causal": the lower triangle of a square; "band": anything else."""
+        """ "full": all is seen; "causal": the lower triangle of a square; "band": anything else."""
         if self.window is None and (not self.causal or self.offset >= keys - 1):
             return "full"
         return "causal" if self.window is None and self.offset == 0 and queries == keys else "band"
@@ -74,9 +74,7 @@ class BlockMask:
 # --- fused kernels ----------------------------------------------------------------------------------------------------
 
 Forward = Callable[[Tensor, Tensor, Tensor, BlockMask, float], tuple[Tensor, Tensor]]
-Backward = Callable[
-    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, BlockMask, float], tuple[Tensor, Tensor, Tensor]
-]
+Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, BlockMask, float], tuple[Tensor, Tensor, Tensor]]
 
 
 # q, k, v [B, heads, S, K], where documents start in all rows [documents + 1], the longest, causal, window, scale
@@ -87,8 +85,9 @@ Packed = Callable[[Tensor, Tensor, Tensor, Tensor, int, bool, int | None, float]
 class Kernel:
     """A fused kernel that returns the log-sum-exp and whose backward takes it; what it can be asked for.
 
-    `packed` computes all documents of a batch at once. `grouped`: fewer key/value heads than query heads. `values`: values of another size than keys. `align`: bytes that a
-    head's row must be a multiple of. `aligned_band`: a band only where the last query stands on the last key.
+    `packed` computes all documents of a batch at once. `grouped`: fewer key/value heads than query heads. `values`:
+    values of another size than keys. `align`: bytes that the row of a head must be a multiple of. `aligned_band`: a
+    causal band only, and only where the last query stands on the last key.
     """
 
     forward: Forward
@@ -107,9 +106,9 @@ class Kernel:
         kind = mask.kind(queries, keys)
         if q.dtype not in self.dtypes or kind not in self.kinds or max(size, value_size) > self.largest:
             return False
-        if kind == "band" and (mask.leaves_none(queries, keys) or self.aligned_band and mask.offset != keys - queries):
+        if kind == "band" and mask.leaves_none(queries, keys):
             return False
-        if kind == "band" and self.aligned_band and not mask.causal:
+        if kind == "band" and self.aligned_band and not (mask.causal and mask.offset == keys - queries):
             return False
         whole = size * q.itemsize % self.align == 0 and value_size * q.itemsize % self.align == 0
         return whole and (self.values or size == value_size) and (self.grouped or q.shape[1] == k.shape[1])
@@ -125,9 +124,7 @@ def _host_mask(q: Tensor, k: Tensor, mask: BlockMask) -> tuple[bool, Tensor | No
 
 def _host_forward(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
     causal, bias = _host_mask(q, k, mask)
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, causal, attn_mask=bias, scale=scale
-    )
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
 
 
 def _host_backward(
@@ -143,7 +140,11 @@ def _flash_window(q: Tensor, k: Tensor, mask: BlockMask) -> tuple[bool, int, int
     """(causal, keys to the left, keys to the right); -1 is no limit. The kernel aligns last query and last key."""
     kind = mask.kind(q.shape[2], k.shape[2])
     if kind == "band":
-        return (mask.window is None), (-1 if mask.window is None else mask.window - 1), (-1 if mask.window is None else 0)
+        return (
+            (mask.window is None),
+            (-1 if mask.window is None else mask.window - 1),
+            (-1 if mask.window is None else 0),
+        )
     return kind == "causal", -1, -1
 
 
@@ -177,22 +178,22 @@ def _flash_packed(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0 if causal else -1)}
+    run: Any = varlen_attn
+    options: dict[str, Any] = {}
     if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # torch 2.12
+        if "enable_gqa" in inspect.signature(run).parameters:  # torch 2.12
             options["enable_gqa"] = True
         else:
             k, v = _expand(k, q.shape[1]), _expand(v, q.shape[1])
     rows = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # [B S, heads, K]
-    out: Any = varlen_attn(*rows, starts, starts, longest, longest, **options)
+    sides = -1 if window is None else window - 1, 0 if causal else -1
+    out: Tensor = run(*rows, starts, starts, longest, longest, scale=scale, window_size=sides, **options)
     return out.unflatten(0, (len(q), -1)).transpose(1, 2)
 
 
 def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
     causal = mask.kind(q.shape[2], k.shape[2]) == "causal"
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-        q, k, v, None, True, 0.0, causal, scale=scale
-    )
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
     return out, lse[..., : q.shape[2]]  # the kernel rounds the number of queries up to its tile
 
 

@@ -11,6 +11,7 @@ heads, G key/value heads, K key size, V value size, L all positions.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,7 +53,7 @@ def _runs(positions: Ids, documents: Ids | None) -> list[_Run]:
         breaks |= np.diff(documents) != 0
     edges = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(positions)]
     of = (lambda place: 0) if documents is None else (lambda place: int(documents[place]))
-    return [_Run(a, b, int(positions[a]), of(a)) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [_Run(a, b, int(positions[a]), of(a)) for a, b in pairwise(edges)]
 
 
 def _ranked(queries_S: Ids, keys_T: Ids, causal: bool) -> tuple[Ids, Ids]:
@@ -147,6 +148,12 @@ def forward_tiles(
             merge_(here, here_lse, more, more_lse)
 
 
+def sum_dtype(tiles: Sequence[Tile], dtype: torch.dtype) -> torch.dtype:
+    """In what to add up the gradients of keys: `dtype` where each comes from one tile, fp32 where several meet."""
+    alone = all(tile.first and tile.mask.window is None for tile in tiles)
+    return dtype if alone else torch.promote_types(dtype, torch.float32)
+
+
 def backward_tiles(
     grad: Tensor,
     saved: tuple[Tensor, Tensor, Tensor],
@@ -174,7 +181,7 @@ class _TiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, rule: ScoreRule, tiles: list[Tile]) -> Tensor:  # type: ignore[no-untyped-def]
         wide = torch.promote_types(q.dtype, torch.float32)
-        once = all(tile.first for tile in tiles)  # nothing to merge: no need for a wider sum
+        once = all(tile.first for tile in tiles)  # nothing to merge, no need for a wider sum
         out = q.new_zeros(*q.shape[:-1], v.shape[-1], dtype=q.dtype if once else wide)
         lse = q.new_full(q.shape[:-1], float("-inf"), dtype=wide)
         forward_tiles(q, k, v, rule, tiles, out, lse, fresh=True)
@@ -186,8 +193,7 @@ class _TiledAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
         q, k, v, out, lse = ctx.saved_tensors
-        alone = all(tile.first and tile.mask.window is None for tile in ctx.tiles)  # every gradient comes from one tile
-        dtype = q.dtype if alone else lse.dtype
+        dtype = sum_dtype(ctx.tiles, q.dtype)
         dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
         backward_tiles(grad, (q, out, lse), k, v, ctx.rule, ctx.tiles, (dq, dk, dv))
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
@@ -200,7 +206,8 @@ def attend_tiles(q: Tensor, k: Tensor, v: Tensor, rule: ScoreRule, tiles: list[T
 
 def have_kernels(q: Tensor, k: Tensor, v: Tensor, rule: ScoreRule, tiles: Sequence[Tile]) -> bool:
     """Whether fused kernels compute all of these tiles (key/value heads are repeated where a kernel needs it)."""
-    heads = [x[:, :1].expand(-1, q.shape[1], -1, -1) for x in (k, v)]
+    keys, values = (x[:, :1].expand(-1, q.shape[1], -1, -1) for x in (k, v))
     return all(
-        kernel_for(q[:, :, t.queries], *(x[:, :, t.keys] for x in heads), rule, t.mask) is not None for t in tiles
+        kernel_for(q[:, :, t.queries], keys[:, :, t.keys], values[:, :, t.keys], rule, t.mask) is not None
+        for t in tiles
     )

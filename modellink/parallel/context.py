@@ -25,7 +25,7 @@ from modellink.models.attention import ALL_HEADS, AttentionCore, AttentionMask
 from modellink.models.blockwise import ScoreRule, merge_
 from modellink.models.decoder import Decoder
 from modellink.models.moe import MoE
-from modellink.models.tiles import Tile, backward_tiles, forward_tiles, make_tiles
+from modellink.models.tiles import Tile, backward_tiles, forward_tiles, make_tiles, sum_dtype
 from modellink.parallel.collectives import all_to_all
 from modellink.parallel.topology import Topology
 
@@ -164,14 +164,14 @@ class ContextParallel:
     def gather(self, x_BGsK: Tensor) -> Tensor:
         """[n, B, G, s, K]: what the ranks of the ring hold."""
         mine = _by_position(x_BGsK)
-        whole = mine.new_empty(self.layout.rings, *mine.shape)
+        whole = mine.new_empty(self.layout.rings * len(mine), *mine.shape[1:])
         dist.all_gather_into_tensor(whole, mine, group=self.rings)
-        return whole.transpose(2, 3)
+        return whole.unflatten(0, (self.layout.rings, -1)).transpose(2, 3)
 
-    def scatter_sum(self, parts: list[Tensor]) -> Tensor:
-        """Sum over the ranks of the ring of their n parts [B, G, s, K], of which each gets its own."""
-        whole = torch.stack([part.transpose(1, 2) for part in parts])
-        mine = torch.empty_like(whole[0])
+    def scatter_sum(self, parts_nBGsK: Tensor) -> Tensor:
+        """Sum over the ranks of the ring of [n, B, G, s, K], of which each gets its own [B, G, s, K]."""
+        whole = parts_nBGsK.transpose(2, 3).flatten(0, 1).contiguous()
+        mine = torch.empty_like(whole[: parts_nBGsK.shape[1]])
         dist.reduce_scatter_tensor(mine, whole, group=self.rings)
         return mine.transpose(1, 2)
 
@@ -241,9 +241,9 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
         q, k, v, sinks_H, out, lse = ctx.saved_tensors
-        context, wide = ctx.context, lse.dtype
-        dq, home = torch.zeros_like(q, dtype=wide), [torch.zeros_like(x, dtype=wide) for x in (k, v)]
-        here, behind = [_by_position(k), _by_position(v)], []
+        context, dq = ctx.context, torch.zeros_like(q, dtype=lse.dtype)
+        here = [_by_position(k), _by_position(v)]
+        behind: list[Tensor] = []
         returning: list[Any] = []
         for step, tiles in enumerate(ctx.steps):
             works: list[Any] = []
@@ -251,11 +251,13 @@ class _RingAttention(torch.autograd.Function):
             if context.overlap and not last:
                 coming, works = context.exchange(here)
             keys, values = (x.transpose(1, 2) for x in here)
-            # gradients of the keys that are here: of this rank's own at home, of others' to be added to what the ranks
-            # before have found, which arrives meanwhile
-            sums = home if step == 0 else [torch.zeros_like(x, dtype=wide) for x in (keys, values)]
+            # of the keys that are here: this rank's own stay at home, those of others go on when what the ranks before
+            # have found, which arrives meanwhile, is added
+            sums = [torch.zeros_like(x, dtype=sum_dtype(tiles, x.dtype)) for x in (keys, values)]
             backward_tiles(grad, (q, out, lse), keys, values, ctx.rule, tiles, (dq, sums[0], sums[1]))
-            if step > 0:
+            if step == 0:
+                home = sums
+            else:
                 _finish(returning)
                 for total, part in zip(sums, behind, strict=False):  # nothing is behind the first of them
                     total += part.transpose(1, 2)
@@ -267,10 +269,8 @@ class _RingAttention(torch.autograd.Function):
                 _finish(works)
                 here = coming
         _finish(returning)
-        for total, part in zip(home, behind, strict=True):
-            total += part.transpose(1, 2)
-        dsinks = _sinks_gradient(grad, out, lse, sinks_H)
-        return dq.to(q.dtype), home[0].to(k.dtype), home[1].to(v.dtype), dsinks, None, None, None
+        dk, dv = ((total + part.transpose(1, 2)).to(k.dtype) for total, part in zip(home, behind, strict=True))
+        return dq.to(q.dtype), dk, dv, _sinks_gradient(grad, out, lse, sinks_H), None, None, None
 
 
 class _GatheredAttention(torch.autograd.Function):
@@ -303,16 +303,14 @@ class _GatheredAttention(torch.autograd.Function):
         q, k, v, sinks_H, out, lse = ctx.saved_tensors
         context, dq = ctx.context, torch.zeros_like(q, dtype=lse.dtype)
         keys, values = (context.gather(x) for x in (k, v))
-        found: list[list[Tensor]] = [[], []]
-        for source in range(len(ctx.steps)):
-            tiles = ctx.steps[(context.ring - source) % len(ctx.steps)]
-            sums = [torch.zeros_like(x[source], dtype=lse.dtype) for x in (keys, values)]
-            backward_tiles(
-                grad, (q, out, lse), keys[source], values[source], ctx.rule, tiles, (dq, sums[0], sums[1])
-            )
-            for parts, total in zip(found, sums, strict=True):
-                parts.append(total.to(k.dtype))
-        dk, dv = (context.scatter_sum(parts) for parts in found)
+        everything = [tile for tiles in ctx.steps for tile in tiles]
+        sums = [torch.zeros_like(x, dtype=sum_dtype(everything, x.dtype)) for x in (keys, values)]
+        for step, tiles in enumerate(ctx.steps):
+            source = (context.ring - step) % len(ctx.steps)
+            parts = dq, sums[0][source], sums[1][source]
+            backward_tiles(grad, (q, out, lse), keys[source], values[source], ctx.rule, tiles, parts)
+        del keys, values
+        dk, dv = (context.scatter_sum(x.to(k.dtype)) for x in sums)
         return dq.to(q.dtype), dk, dv, _sinks_gradient(grad, out, lse, sinks_H), None, None, None
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from modellink.config.schema import ModelConfig
 from modellink.models import blockwise
-from modellink.models.attention import AttentionMask
 from modellink.models.blockwise import BlockMask, ScoreRule, attend, attend_backward, merge_
 from modellink.models.decoder import Decoder
 
