@@ -80,6 +80,8 @@ SPELLINGS: dict[str, str] = {
     "parallel.layers_per_stage": "--num-layer-list --manual-layers",
     "parallel.distributed_optimizer": "--use-distributed-optimizer",
     "parallel.recompute_num_layers": "--recompute-num-layers --checkpoint-num-layers",
+    "parallel.recompute_layers_per_pp_rank": "--enable-recompute-layers-per-pp-rank",
+    "parallel.recompute_layers_per_stage": "--recomputation-layer-num",
     "optimizer.router_bias_update_rate": "--moe-router-bias-update-rate",
     "optimizer.override_schedule": "--override-opt_param-scheduler",
     "optimizer.use_checkpoint_schedule": "--use-checkpoint-opt_param-scheduler",
@@ -150,6 +152,21 @@ def _groups(value: str, look: Callable[[str], Any]) -> int | None:
     """The reference has as many groups of experts as expert-parallel ranks."""
     limited: int | None = look("parallel.expert_parallel") if value == "group_limited_greedy" else None
     return limited if limited and limited > 1 else None
+
+
+_POLICIES = {"full": "full", "block": "full", "custom": "operators"}
+
+
+def _policy(value: str, look: Callable[[str], Any]) -> str:
+    if value not in _POLICIES:
+        raise ModelLinkError(f"--checkpoint-policy {value} is unknown: give {', '.join(_POLICIES)}.")
+    return _POLICIES[value]
+
+
+def _policy_layers(value: int, look: Callable[[str], Any]) -> int | None:
+    block = look("parallel.recompute_method") == "block"
+    layers: int | None = value if block else look("parallel.recompute_num_layers")
+    return layers
 
 
 # (flag, fields it sets, help, options). Options: late=True wins over native flags; needs=FLAG has no effect without it.
@@ -233,6 +250,22 @@ ALIASES: dict[str, list[tuple[Any, ...]]] = {
                 "parallel.recompute_num_layers": 1,
             },
             "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        ),
+        (
+            "--checkpoint-policy:str",
+            {
+                "parallel.recompute_granularity": _policy,
+                "parallel.recompute_method": lambda name, look: {"full": "uniform", "block": "block"}.get(name),
+                "parallel.recompute_num_layers": lambda name, look: {"full": 1, "block": 25}.get(name),
+            },
+            "full: every layer; block: the first --checkpoint_block_layer layers; custom: all but the results of "
+            "products, attention and communication (--recompute-granularity operators)",
+        ),
+        (
+            "--checkpoint_block_layer:int",
+            {"parallel.recompute_num_layers": _policy_layers},
+            "--recompute-num-layers of --checkpoint-policy block (25)",
+            {"needs": "--checkpoint-policy"},
         ),
         (
             "--is-instruction-dataset",
@@ -352,17 +385,9 @@ ACCEPTED: dict[str, list[tuple[str, str]]] = {
             "--profile-with-stack --profile-with-memory --profile-record-shapes --profile-save-path:str",
         ),
         ("it only tunes --swap-attention, which is not built yet", "--swap-modules:str"),
-        (
-            "it only tunes --recompute-activation-function, which is not built yet",
-            "--recompute-activation-function-num-layers:int",
-        ),
         ("it only tunes --enable-high-availability, which is not built yet", "--enable-optimizer-state-local-copy"),
         ("it only tunes --optimized-pipeline, which is not built yet", "--manual-mbs:str"),
         ("it only tunes --auto-recompute-device-size, which is not built yet", "--auto-recompute-profiling-step:int"),
-        (
-            "the old programs never read it; use --recompute-granularity",
-            "--checkpoint-policy:str --checkpoint_block_layer:int",
-        ),
         ("--num-layer-list alone decides", "--use-manual-layer-allocation"),
         ("ZeRO is built in: --zero-stage and --use-distributed-optimizer decide", "--deepspeed"),
         ("--pipeline-model-parallel-size decides", "--no-pipeline-parallel"),
@@ -426,21 +451,9 @@ REFUSED: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
             (),
         ),
         (
-            f"recomputing the activation function alone is {NOT_BUILT}; use --recompute-granularity full or selective",
-            "--recompute-activation-function",
-            (),
-        ),
-        (
-            f"counting recomputed layers over virtual stages is {NOT_BUILT}; --recompute-num-layers counts per model "
-            "chunk",
-            "--enable-recompute-layers-per-pp-rank",
-            (),
-        ),
-        (
-            f"sharding saved activations over tensor ranks is {NOT_BUILT}; use --sequence-parallel, which shards "
-            "them too",
-            "--distribute-saved-activations",
-            (),
+            f"automatic recomputation is {NOT_BUILT}; use --recompute-granularity",
+            "--auto-recompute-device-size:int",
+            ("-1",),
         ),
         (f"high availability is {NOT_BUILT}; use --save-interval and restart", "--enable-high-availability", ()),
         (f"the profiler is {NOT_BUILT}; use PyTorch's own around the program", "--profile", ()),
@@ -449,16 +462,6 @@ REFUSED: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
             f"this pipeline schedule is {NOT_BUILT}; use --num-layers-per-virtual-pipeline-stage",
             "--optimized-pipeline --fold-mode:str --foldx-mode:str",
             ("none", "None"),
-        ),
-        (
-            f"automatic recomputation is {NOT_BUILT}; use --recompute-granularity",
-            "--auto-recompute-device-size:int",
-            ("-1",),
-        ),
-        (
-            f"a number of recomputed layers for each stage is {NOT_BUILT}; use --recompute-num-layers",
-            "--recomputation-layer-num:ints",
-            (),
         ),
         (
             f"keeping optimizer state in host memory is {NOT_BUILT}; use --zero-stage 3",

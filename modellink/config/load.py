@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from modellink.config import architecture
-from modellink.config.flags import Given, assignments, check_statuses, parse, section_types
+from modellink.config.flags import Given, assignments, check_statuses, flag_of, parse, section_types
 from modellink.config.resolved import ResolvedConfig
 from modellink.config.schema import Config, SourceConfig
 from modellink.config.show import describe, dump
@@ -146,6 +146,11 @@ def _derive(resolved: ResolvedConfig, printing: bool) -> None:
         derive("parallel.sequence_parallel", False, "one tensor-parallel rank")
     if config.optimizer.bf16 and not config.optimizer.release_fp32_grad:
         derive("optimizer.fp32_grad_accumulation", True, "bf16 accumulates gradients in fp32")
+    if parallel.recompute_modules and parallel.recompute_granularity is None:
+        derive("parallel.recompute_granularity", "selective", "--recompute-modules")
+    if parallel.recompute_layers_per_stage and parallel.recompute_granularity in (None, "full"):
+        for path, value in (("granularity", "full"), ("method", "block")):
+            derive(f"parallel.recompute_{path}", value, flag_of("parallel.recompute_layers_per_stage"))
     if parallel.recompute_granularity == "full":
         if parallel.recompute_method is None:
             derive("parallel.recompute_method", "uniform", "full recomputation")

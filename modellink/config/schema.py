@@ -269,8 +269,13 @@ class ParallelConfig:
     distributed_timeout_minutes: int = option(45, help="a collective that waits longer is an error")
     recompute_granularity: str | None = option(
         None,
-        choices=("full", "selective"),
-        help="drop and rebuild activations: whole layers, or the attention core only",
+        choices=("full", "selective", "operators"),
+        help="drop and rebuild activations: whole layers, some modules of each (the attention core), or all but the "
+        "results of products, attention and communication",
+    )
+    recompute_modules: list[str] | None = option(
+        None,
+        help="selective: what of core_attn, layernorm, mla_up_proj, mlp_act, moe_act, mlp, moe; default core_attn",
     )
     recompute_method: str | None = option(
         None,
@@ -282,6 +287,30 @@ class ParallelConfig:
     )
     output_layer_slice_num: int = option(
         1, help="slices in which output matrix and loss are computed, so that logits of one slice exist at a time"
+    )
+    recompute_layers_per_pp_rank: bool = option(
+        False, help="block: count over all virtual stages of a pipeline rank, which take turns"
+    )
+    recompute_layers_per_stage: list[int] | None = option(
+        None, help="full: recomputed layers of each pipeline stage, comma separated"
+    )
+    recompute_layers: list[str] | None = option(
+        None, help="what each layer recomputes, by number: 0-3:layer 4-7:core_attn+mlp_act; the others nothing"
+    )
+    recompute_activation_function: bool = option(
+        False, help="recompute the activation functions of MLPs and experts, alone or beside block"
+    )
+    recompute_activation_function_num_layers: int | None = option(
+        None, help="in this many layers of a stage, after those under full recomputation; default: all"
+    )
+    distribute_saved_activations: bool = option(
+        False, help="each tensor rank keeps its share of the inputs of recomputed layers"
+    )
+    auto_recompute_device_size: int = option(
+        -1, help="MB of device memory that a step may take: what to recompute is measured and chosen; -1: off"
+    )
+    auto_recompute_profiling_step: int = option(
+        10, help="steps that are measured, with everything recomputed, before it is chosen; at least 5"
     )
     compile: bool = option(False, help="torch.compile each layer")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from modellink.config.architecture import SIZES
 from modellink.config.experts import check_experts
 from modellink.config.flags import by_name, flag_of, spell
+from modellink.config.recompute import check_recompute
 from modellink.config.resolved import ResolvedConfig
 from modellink.errors import ModelLinkError
 
@@ -29,7 +30,7 @@ POSITIVE = (
     "data.pad_to_multiple_of checkpoint.save_interval checkpoint.keep_checkpoints generate.max_new_tokens "
     "generate.num_beams "
     "evaluate.evaluation_batch_size evaluate.max_eval_samples model.norm_epsilon model.rope_theta "
-    "optimizer.muon_num_ns_steps optimizer.muon_extra_scale_factor"
+    "parallel.recompute_activation_function_num_layers optimizer.muon_num_ns_steps optimizer.muon_extra_scale_factor"
 ).split()
 NOT_NEGATIVE = (
     "model.n_shared_experts model.first_k_dense_replace model.router_input_jitter model.aux_loss_coeff "
@@ -219,12 +220,7 @@ def _layout(resolved: ResolvedConfig) -> None:
     if parallel.distributed_optimizer and parallel.zero_stage == 0:
         sharded = flag_of("parallel.distributed_optimizer")
         raise ModelLinkError(f"--zero-stage 0 contradicts {sharded}, which is stage 1: leave one out.")
-    if parallel.recompute_granularity is None and (parallel.recompute_method or parallel.recompute_num_layers):
-        resolved.warnings.append(
-            "--recompute-method and --recompute-num-layers: no effect without --recompute-granularity full"
-        )
-    if parallel.recompute_granularity == "selective" and parallel.recompute_method:
-        raise ModelLinkError("--recompute-method belongs to --recompute-granularity full: leave it out with selective.")
+    check_recompute(resolved)
     assert model.num_layers
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from modellink.config.schema import ModelConfig
 from modellink.models.blockwise import BlockMask, ScoreRule, kernel_for
 from modellink.models.cache import LayerCache
-from modellink.models.layers import Dropout, make_norm
+from modellink.models.layers import Dropout, Runner, make_norm, run_plainly
 from modellink.models.rope import RopeTable, rotate
 from modellink.models.tiles import Ids, Tile, attend_tiles, have_kernels, make_tiles
 
@@ -246,8 +246,9 @@ class Attention(nn.Module):
         self.q_norm = make_norm(config, normed[0] * head) if config.qk_norm else None
         self.k_norm = make_norm(config, normed[1] * head) if config.qk_norm else None
         self.core = AttentionCore(config, layer)
-        # recomputation hands in another way of running the core
+        # tensor parallelism hands in another way of running a core that has parameters
         self.run_core: Callable[[Tensor, Tensor, Tensor, AttentionMask], Tensor] | None = None
+        self.core_runner: Runner = run_plainly
 
     def forward(
         self, x_BSD: Tensor, *, rope: RopeTable | None, mask: AttentionMask, cache: LayerCache | None = None
@@ -265,5 +266,5 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if cache is not None:
             k, v = cache.append(k, v)
-        out_BHSK = (self.run_core or self.core)(q, k, v, mask)
+        out_BHSK = self.core_runner(self.run_core or self.core, q, k, v, mask)
         return self.o_proj(out_BHSK.transpose(1, 2).flatten(-2))

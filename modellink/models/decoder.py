@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from modellink.config.schema import ModelConfig
 from modellink.models.attention import Attention, AttentionMask
 from modellink.models.cache import KVCache, LayerCache
-from modellink.models.layers import MLP, Dropout, NormalizedLinear, make_norm
+from modellink.models.layers import MLP, Dropout, NormalizedLinear, Runner, make_norm, run_plainly
 from modellink.models.mla import LatentAttention, rope_config
 from modellink.models.moe import MoE
 from modellink.models.rope import RopeTable, RotaryEmbedding
@@ -50,6 +50,8 @@ class DecoderLayer(nn.Module):
         # tensor parallelism hands in another way of running a branch that it cannot split by itself
         self.run_attention: Callable[..., Tensor] | None = None
         self.run_mlp: Callable[[Tensor], Tensor] | None = None
+        self.norm_runner: Runner = run_plainly
+        self.mlp_runner: Runner = run_plainly
 
     def forward(
         self, x_BSD: Tensor, *, rope: RopeTable | None, mask: AttentionMask, cache: LayerCache | None = None
@@ -58,18 +60,19 @@ class DecoderLayer(nn.Module):
         attention, mlp = self.run_attention or self.self_attn, self.run_mlp or self.mlp
         branch = attention(self._enter(x_BSD, self.input_layernorm), rope=rope, mask=mask, cache=cache)
         x_BSD = self._add(x_BSD, branch, self.attention_output_norm)
-        branch = mlp(self._enter(x_BSD, self.post_attention_layernorm))
+        branch = self.mlp_runner(mlp, self._enter(x_BSD, self.post_attention_layernorm))
         return self._add(x_BSD, branch, self.mlp_output_norm)
 
     def _enter(self, x_BSD: Tensor, norm: nn.Module | None) -> Tensor:
         """The input of a branch; its dtype differs from that of x only when the residual stream is fp32."""
         if norm is None:
             return x_BSD.to(self.self_attn.o_proj.weight.dtype)
-        return norm(x_BSD).to(norm.weight.dtype)
+        weight: Tensor = norm.weight
+        return self.norm_runner(norm, x_BSD).to(weight.dtype)
 
     def _add(self, x_BSD: Tensor, branch_BSD: Tensor, norm: nn.Module | None) -> Tensor:
         if norm is not None:
-            branch_BSD = norm(branch_BSD)
+            branch_BSD = self.norm_runner(norm, branch_BSD)
         if self.residual_multiplier != 1.0:
             branch_BSD = branch_BSD * self.residual_multiplier
         return x_BSD + self.dropout(branch_BSD)

@@ -12,6 +12,13 @@ from torch import Tensor, nn
 
 from modellink.config.schema import ModelConfig
 
+Runner = Callable[..., Tensor]
+
+
+def run_plainly(function: Callable[..., Tensor], *inputs: object) -> Tensor:
+    """The `Runner` of parts of a layer; recomputation hands in one that keeps only `inputs`, or less than the part."""
+    return function(*inputs)
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * w, statistics in fp32 (Zhang & Sennrich, arXiv:1910.07467).
@@ -111,8 +118,13 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(hidden, width, bias=bias)
         self.down_proj = nn.Linear(width, hidden, bias=bias)
         self.activation = ACTIVATIONS[config.activation]
+        self.output_runner: Runner = run_plainly
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         if self.gate_proj is None:
-            return self.down_proj(self.activation(self.up_proj(x_BSD)))
-        return self.down_proj(self.activation(self.gate_proj(x_BSD)) * self.up_proj(x_BSD))
+            return self.output_runner(self._output, self.up_proj(x_BSD))
+        return self.output_runner(self._output, self.gate_proj(x_BSD), self.up_proj(x_BSD))
+
+    def _output(self, gate_BSF: Tensor, up_BSF: Tensor | None = None) -> Tensor:
+        h_BSF = self.activation(gate_BSF)
+        return self.down_proj(h_BSF if up_BSF is None else h_BSF * up_BSF)

@@ -13,7 +13,6 @@ that values may be narrower than keys. Legend: B batch, S query length, T key le
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from modellink.config.schema import ModelConfig
 from modellink.models.attention import AttentionCore, AttentionMask
 from modellink.models.cache import LayerCache
-from modellink.models.layers import RMSNorm
+from modellink.models.layers import RMSNorm, Runner, run_plainly
 from modellink.models.rope import RopeTable, rotate, yarn_mscale
 
 
@@ -65,8 +64,8 @@ class LatentAttention(nn.Module):
         )
         self.o_proj = nn.Linear(heads * config.v_head_dim, hidden, bias=config.attention_output_bias)
         self.core = AttentionCore(core_config(config), layer)
-        # recomputation hands in another way of running the core
-        self.run_core: Callable[[Tensor, Tensor, Tensor, AttentionMask], Tensor] | None = None
+        self.core_runner: Runner = run_plainly
+        self.heads_runner: Runner = run_plainly
 
     def forward(
         self, x_BSD: Tensor, *, rope: RopeTable | None, mask: AttentionMask, cache: LayerCache | None = None
@@ -76,32 +75,47 @@ class LatentAttention(nn.Module):
         `rope` is a table over qk_rope_head_dim channels (`rope_config`).
         """
         config = self.config
-        q_BHSK = self._queries(x_BSD).unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
-        nope_BHSN, q_rope_BHSr = q_BHSK.split((config.qk_nope_head_dim, config.qk_rope_head_dim), -1)
+        query_latent = self._query_latent(x_BSD)
         latent, k_rope = self.kv_a_proj_with_mqa(x_BSD).split((config.kv_lora_rank, config.qk_rope_head_dim), -1)
         if self.kv_a_layernorm is not None:
             latent = self.kv_a_layernorm(latent)
         if rope is not None:
-            q_rope_BHSr = rotate(q_rope_BHSr.transpose(1, 2), rope, config.latent_rope_interleaved).transpose(1, 2)
             k_rope = rotate(k_rope[:, :, None], rope, config.latent_rope_interleaved)[:, :, 0]
         if cache is not None:  # stored as one key without a value
             joint_B1TX = torch.cat((latent, k_rope), -1)[:, None]
             joint_B1TX, _ = cache.append(joint_B1TX, joint_B1TX[..., :0])
             if x_BSD.shape[1] == 1 and self._is_plain(self.kv_b_proj):
-                return self._decode(nope_BHSN, q_rope_BHSr, joint_B1TX, mask)
+                return self._decode(*self._queries(query_latent, rope), joint_B1TX, mask)
             latent, k_rope = joint_B1TX[:, 0].split((config.kv_lora_rank, config.qk_rope_head_dim), -1)
+        out_BHSV = self.heads_runner(self._heads, query_latent, latent, k_rope, rope, mask)
+        return self.o_proj(out_BHSV.transpose(1, 2).flatten(-2))
+
+    def _heads(
+        self, query_latent: Tensor, latent: Tensor, k_rope: Tensor, rope: RopeTable | None, mask: AttentionMask
+    ) -> Tensor:
+        """From latents to the weighted sum of values, [B, H, S, V]."""
+        config = self.config
         kv_BTHX = self.kv_b_proj(latent).unflatten(-1, (-1, config.qk_nope_head_dim + config.v_head_dim))
         k_BHTN, v_BHTV = kv_BTHX.transpose(1, 2).split((config.qk_nope_head_dim, config.v_head_dim), -1)
         k_BHTK = torch.cat((k_BHTN, k_rope[:, None].expand(-1, k_BHTN.shape[1], -1, -1)), -1)
-        q_BHSK = torch.cat((nope_BHSN, q_rope_BHSr), -1)
-        out_BHSV = (self.run_core or self.core)(q_BHSK, k_BHTK, v_BHTV, mask)
-        return self.o_proj(out_BHSV.transpose(1, 2).flatten(-2))
+        q_BHSK = torch.cat(self._queries(query_latent, rope), -1)
+        return self.core_runner(self.core, q_BHSK, k_BHTK, v_BHTV, mask)
 
-    def _queries(self, x_BSD: Tensor) -> Tensor:
+    def _query_latent(self, x_BSD: Tensor) -> Tensor:
         if self.q_a_proj is None:
-            return self.q_proj(x_BSD)
+            return x_BSD
         compressed = self.q_a_proj(x_BSD)
-        return self.q_b_proj(compressed if self.q_a_layernorm is None else self.q_a_layernorm(compressed))
+        return compressed if self.q_a_layernorm is None else self.q_a_layernorm(compressed)
+
+    def _queries(self, query_latent: Tensor, rope: RopeTable | None) -> tuple[Tensor, Tensor]:
+        """The plain and the rotated part of the queries, [B, H, S, N] and [B, H, S, r]."""
+        config = self.config
+        q_BSX = self.q_proj(query_latent) if self.q_a_proj is None else self.q_b_proj(query_latent)
+        q_BSHK = q_BSX.unflatten(-1, (-1, config.head_dim))
+        nope_BSHN, rope_BSHr = q_BSHK.split((config.qk_nope_head_dim, config.qk_rope_head_dim), -1)
+        if rope is not None:
+            rope_BSHr = rotate(rope_BSHr, rope, config.latent_rope_interleaved)
+        return nope_BSHN.transpose(1, 2), rope_BSHr.transpose(1, 2)
 
     @staticmethod
     def _is_plain(linear: nn.Linear) -> bool:

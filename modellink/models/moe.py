@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modellink.config.schema import ModelConfig
-from modellink.models.layers import ACTIVATIONS, MLP
+from modellink.models.layers import ACTIVATIONS, MLP, Runner, run_plainly
 
 
 def capacity(config: ModelConfig, pairs: int) -> int:
@@ -179,6 +179,7 @@ class Experts(nn.Module):
         self.grouped, self.limit = config.moe_grouped_gemm, config.swiglu_limit
         # parallelism hands in what this rank sees of a parameter (name, parameter): fewer experts, or narrower ones
         self.local: Callable[[str, nn.Parameter], Tensor] | None = None
+        self.output_runner: Runner = run_plainly
 
     def forward(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
         """Rows [R, D], the first counts_E[0] (int64 [E], sum R) of them for expert 0, and so on -> [R, D]."""
@@ -199,12 +200,17 @@ class Experts(nn.Module):
                 y_RF = torch.cat([F.linear(part, weight) for part, weight in parts])
             return y_RF if bias_EF is None else y_RF + bias_EF.repeat_interleave(counts_E, 0, output_size=len(y_RF))
 
+        def output(gate_RF: Tensor, up_RF: Tensor | None = None) -> Tensor:
+            return project(self._activate(gate_RF, up_RF), "down_proj")
+
         up_RF = project(x_RD, "up_proj")
         if self.gate_proj is None:
-            return project(self.activation(up_RF), "down_proj")
-        return project(self._gate(project(x_RD, "gate_proj"), up_RF), "down_proj")
+            return self.output_runner(output, up_RF)
+        return self.output_runner(output, project(x_RD, "gate_proj"), up_RF)
 
-    def _gate(self, gate_RF: Tensor, up_RF: Tensor) -> Tensor:
+    def _activate(self, gate_RF: Tensor, up_RF: Tensor | None) -> Tensor:
+        if up_RF is None:
+            return self.activation(gate_RF)
         if self.limit is None:
             return self.activation(gate_RF) * up_RF
         gate_RF = gate_RF.clamp(max=self.limit)  # gpt-oss: clamped, a steeper sigmoid, and one added to the linear part

@@ -3,7 +3,7 @@
     stage of the pipeline  on the meta device: no memory yet
     tensor / sequence      parameters become DTensors over `tp`
     context                attention over the ranks that share a sequence
-    recomputation          around layers or the attention core
+    recomputation          around layers or parts of them
     compilation            per layer
     data parallel          FSDP2 per layer, then the rest: parameters become shards over `dp`
     materialise            memory for the local shards only
@@ -28,7 +28,8 @@ from modellink.models.moe import Experts
 from modellink.parallel.context import ContextParallel, apply_context_parallel
 from modellink.parallel.expert import apply_expert_parallel
 from modellink.parallel.pipeline import Pipeline, StageSpec, stage_specs
-from modellink.parallel.recompute import apply_recompute
+from modellink.parallel.recompute import SharedInputs, apply_recompute
+from modellink.parallel.recompute_plan import recompute_plan
 from modellink.parallel.shard import copy_full_into
 from modellink.parallel.tensor import apply_tensor_parallel
 from modellink.parallel.topology import Topology
@@ -128,6 +129,13 @@ def materialise(model: Decoder, device: torch.device, seed: int | None) -> None:
         copy_full_into(initial_value(canonical, parameter.shape, model.config, seed), parameter)
 
 
+def saved_inputs(parallel: ParallelConfig, topology: Topology) -> SharedInputs | None:
+    """How the inputs of recomputed layers are kept; None: whole (or as the shards that they are)."""
+    group = topology.group("tp")
+    shared = parallel.distribute_saved_activations and group is not None and not parallel.sequence_parallel
+    return SharedInputs(group) if shared else None
+
+
 def build_model(
     model: ModelConfig,
     parallel: ParallelConfig,
@@ -144,9 +152,11 @@ def build_model(
     """
     data_parallel = topology.copies > 1
     context = ContextParallel(parallel, topology) if topology.size("cp") > 1 else None
-    specs = stage_specs(model, parallel, topology.coordinate("pp"))
+    stage = topology.coordinate("pp")
+    specs = stage_specs(model, parallel, stage)
+    recomputed = recompute_plan(parallel, [spec.layers for spec in specs], stage, model.num_layers)
     chunks = []
-    for spec in specs:
+    for spec, plan in zip(specs, recomputed, strict=True):
         with torch.device("meta"):
             chunk = Decoder(model, spec.layers, spec.first, spec.last)
         chunk.cast(torch.float32 if data_parallel else dtype)
@@ -156,7 +166,7 @@ def build_model(
         apply_expert_parallel(chunk, topology, parallel)
         if context is not None:
             apply_context_parallel(chunk, context)
-        apply_recompute(chunk, parallel)
+        apply_recompute(chunk, plan, saved_inputs(parallel, topology))
         if parallel.compile:
             for layer in chunk.layers.values():
                 layer.compile()

@@ -24,6 +24,7 @@ from modellink.models.decoder import Decoder
 from modellink.models.layers import MLP
 from modellink.models.moe import MoE, Router, auxiliary_loss_names, auxiliary_losses, expert_order, has_grouped_kernel
 from modellink.parallel.recompute import apply_recompute
+from modellink.parallel.recompute_plan import recompute_plan
 from modellink.train.metrics import flops_of
 
 HIDDEN, WIDTH, EXPERTS = 20, 12, 8
@@ -570,23 +571,19 @@ def test_stages_have_experts_where_the_whole_model_has_them(dense: int, frequenc
 
 @pytest.mark.parametrize(
     "recompute",
-    [
-        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2},
-        {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2},
-        {"recompute_granularity": "selective"},
-    ],
-    ids=["uniform", "block", "selective"],
+    [["0-2:layer"], ["1:layer", "2:core_attn"], ["0-2:mlp+moe+layernorm"], ["0-2:operators"], ["1-2:moe_act"]],
+    ids=["layer", "core", "modules", "operators", "activation"],
 )
-def test_statistics_of_a_recomputed_decoder(recompute: dict[str, Any]) -> None:
+def test_statistics_of_a_recomputed_decoder(recompute: list[str]) -> None:
     """Over two micro-batches, every layer records what it records without recomputation; gradients are the same."""
     layout = {"num_layers": 3, "first_k_dense_replace": 1, "sandwich_norm": True}  # the norm keeps the block's output
     config = model_config(**OURS, **LOSSES, **WHOLE, **layout)
     tokens = torch.arange(21).view(3, 7)
     results = []
-    for parallel in (ParallelConfig(), ParallelConfig(**recompute)):
+    for parallel in (ParallelConfig(), ParallelConfig(recompute_layers=recompute)):
         model = Decoder(config)
         randomize(model)
-        apply_recompute(model, parallel)
+        apply_recompute(model, *recompute_plan(parallel, [range(3)], 0, 3))
         for part in tokens.split((1, 2)):
             model(part).logsumexp(-1).sum().backward()
         blocks = [layer.mlp for layer in model.layers.values() if isinstance(layer.mlp, MoE)]
