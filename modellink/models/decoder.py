@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from modellink.config.schema import ModelConfig
 from modellink.models.attention import Attention, AttentionMask
 from modellink.models.cache import KVCache, LayerCache
-from modellink.models.layers import MLP, Dropout, NormalizedLinear, Runner, make_norm, run_plainly
+from modellink.models.layers import MLP, Dropout, LayerNorm, NormalizedLinear, RMSNorm, Runner, make_norm, run_plainly
 from modellink.models.mla import LatentAttention, rope_config
 from modellink.models.moe import MoE
 from modellink.models.rope import RopeTable, RotaryEmbedding
@@ -63,12 +63,11 @@ class DecoderLayer(nn.Module):
         branch = self.mlp_runner(mlp, self._enter(x_BSD, self.post_attention_layernorm))
         return self._add(x_BSD, branch, self.mlp_output_norm)
 
-    def _enter(self, x_BSD: Tensor, norm: nn.Module | None) -> Tensor:
+    def _enter(self, x_BSD: Tensor, norm: RMSNorm | LayerNorm | None) -> Tensor:
         """The input of a branch; its dtype differs from that of x only when the residual stream is fp32."""
         if norm is None:
             return x_BSD.to(self.self_attn.o_proj.weight.dtype)
-        weight: Tensor = norm.weight
-        return self.norm_runner(norm, x_BSD).to(weight.dtype)
+        return self.norm_runner(norm, x_BSD).to(norm.weight.dtype)
 
     def _add(self, x_BSD: Tensor, branch_BSD: Tensor, norm: nn.Module | None) -> Tensor:
         if norm is not None:
