@@ -78,6 +78,7 @@ SPELLINGS: dict[str, str] = {
     "parallel.expert_parallel": "--expert-model-parallel-size",
     "parallel.layers_per_virtual_stage": "--num-layers-per-virtual-pipeline-stage",
     "parallel.layers_per_stage": "--num-layer-list --manual-layers",
+    "parallel.async_tensor_parallel": "--use-mc2 --tp-comm-overlap",
     "parallel.distributed_optimizer": "--use-distributed-optimizer",
     "parallel.recompute_num_layers": "--recompute-num-layers --checkpoint-num-layers",
     "parallel.recompute_layers_per_pp_rank": "--enable-recompute-layers-per-pp-rank",
@@ -295,8 +296,13 @@ ACCEPTED: dict[str, list[tuple[str, str]]] = {
             "--no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion --no-persist-layer-norm "
             "--no-gradient-accumulation-fusion --shape-order:str --sparse-mode:int --pre-tockens:int "
             "--next-tockens:int "
-            "--jit-compile --triangle-attn --triangle-block-size:int --mlp-layer-fusion --use-mc2 --skip-bias-add "
+            "--jit-compile --triangle-attn --triangle-block-size:int --skip-bias-add "
             "--use-fused-ring-attention-update --apply-rope-fusion --cross-entropy-loss-fusion",
+        ),
+        (
+            "gate and up stay two products of one input: one operation was no faster and no smaller "
+            "(benchmarks/mlp_fusion.py)",
+            "--mlp-layer-fusion",
         ),
         (
             _FP32,
@@ -310,7 +316,7 @@ ACCEPTED: dict[str, list[tuple[str, str]]] = {
         (
             _COMM,
             "--no-delay-grad-reduce --delay-grad-reduce --delay-param-gather --no-overlap-p2p-communication "
-            "--no-async-tensor-model-parallel-allreduce --tp-comm-overlap --tp-comm-overlap-cfg:str "
+            "--no-async-tensor-model-parallel-allreduce --tp-comm-overlap-cfg:str "
             "--disable-tp-comm-overlap-ag --disable-tp-comm-overlap-rs --tp-comm-overlap-rs-dgrad "
             "--disable-tp-comm-bulk-dgrad "
             "--disable-tp-comm-bulk-wgrad --disable-tp-comm-split-ag --disable-tp-comm-split-rs "
@@ -358,10 +364,6 @@ ACCEPTED: dict[str, list[tuple[str, str]]] = {
             "--log-world-size-to-tensorboard --tensorboard-queue-size:int --log-progress --log-straggler --test-mode "
             "--enable-one-logger --one-logger-project:str --one-logger-entity:str --one-logger-run-name:str "
             "--enable-one-logger-async --adlr-autoresume --adlr-autoresume-interval:int",
-        ),
-        (
-            _COMM,
-            "--moe-permutation-async-comm",
         ),
         (
             "the reference reads it nowhere in its Megatron-Core models",

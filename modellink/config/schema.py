@@ -250,8 +250,14 @@ class ParallelConfig:
         choices=("alltoall", "allgather"),
         help="how tokens reach experts elsewhere: only those routed there, or all to everybody",
     )
+    moe_permutation_async_comm: bool = option(
+        False, help="tokens travel in two parts while others are sorted and computed, and shared experts meanwhile"
+    )
     sequence_parallel: bool = option(
         False, help="shard activations between blocks along the sequence over the tensor group"
+    )
+    async_tensor_parallel: bool = option(
+        False, help="with sequence parallelism: gathers and scatters travel in pieces while others are multiplied"
     )
     layers_per_virtual_stage: int | None = option(None, help="layers of one model chunk: interleaved pipeline")
     layers_per_stage: list[int] | None = option(None, help="uneven pipeline: layers of each stage, comma separated")

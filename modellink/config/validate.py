@@ -212,6 +212,11 @@ def _layout(resolved: ResolvedConfig) -> None:
             "not divisible by "
             f"{_given(resolved, 'parallel.tensor_parallel')}: change one or leave out --sequence-parallel."
         )
+    if parallel.async_tensor_parallel and not (tensor > 1 and parallel.sequence_parallel):
+        resolved.warnings.append(
+            f"{_given(resolved, 'parallel.async_tensor_parallel')}: no effect without --sequence-parallel over "
+            "2 or more tensor ranks: nothing is gathered or scattered that products could overlap with"
+        )
     if parallel.compile and tensor > 1:
         raise ModelLinkError(
             f"--compile and {_given(resolved, 'parallel.tensor_parallel')} exclude each other: torch.compile loses the "
@@ -227,6 +232,10 @@ def _layout(resolved: ResolvedConfig) -> None:
 def _experts(resolved: ResolvedConfig) -> None:
     """Experts that their ranks can share."""
     config, size = resolved.config, resolved.config.parallel.expert_parallel
+    if config.parallel.moe_permutation_async_comm and size == 1:
+        resolved.warnings.append(
+            f"--moe-permutation-async-comm: no effect without {flag_of('parallel.expert_parallel')}: no token travels"
+        )
     if size == 1 or resolved.program != "train":
         return
     given = _given(resolved, "parallel.expert_parallel")

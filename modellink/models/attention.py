@@ -21,6 +21,7 @@ from modellink.config.schema import ModelConfig
 from modellink.models.blockwise import BlockMask, ScoreRule, kernel_for
 from modellink.models.cache import LayerCache
 from modellink.models.layers import Dropout, Runner, make_norm, run_plainly
+from modellink.models.projections import Enter, Leave, by_itself, separately
 from modellink.models.rope import RopeTable, rotate
 from modellink.models.tiles import Ids, Tile, attend_tiles, have_kernels, make_tiles
 
@@ -249,12 +250,15 @@ class Attention(nn.Module):
         # tensor parallelism hands in another way of running a core that has parameters
         self.run_core: Callable[[Tensor, Tensor, Tensor, AttentionMask], Tensor] | None = None
         self.core_runner: Runner = run_plainly
+        # another way through the matrices into and out of the block can be handed in
+        self.enter: Enter = separately
+        self.leave: Leave = by_itself
 
     def forward(
         self, x_BSD: Tensor, *, rope: RopeTable | None, mask: AttentionMask, cache: LayerCache | None = None
     ) -> Tensor:
         """[B, S, D] -> [B, S, D]; with `cache`, keys and values of earlier tokens come first."""
-        q, k, v = (proj(x_BSD) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.enter(x_BSD, (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.norm_all_heads:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
@@ -267,4 +271,4 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         out_BHSK = self.core_runner(self.run_core or self.core, q, k, v, mask)
-        return self.o_proj(out_BHSK.transpose(1, 2).flatten(-2))
+        return self.leave(out_BHSK.transpose(1, 2).flatten(-2), self.o_proj)

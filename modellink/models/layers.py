@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modellink.config.schema import ModelConfig
+from modellink.models.projections import Enter, Leave, by_itself, separately
 
 Runner = Callable[..., Tensor]
 
@@ -119,12 +120,14 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(width, hidden, bias=bias)
         self.activation = ACTIVATIONS[config.activation]
         self.output_runner: Runner = run_plainly
+        # another way through the matrices into and out of the block can be handed in
+        self.enter: Enter = separately
+        self.leave: Leave = by_itself
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        if self.gate_proj is None:
-            return self.output_runner(self._output, self.up_proj(x_BSD))
-        return self.output_runner(self._output, self.gate_proj(x_BSD), self.up_proj(x_BSD))
+        matrices = (self.up_proj,) if self.gate_proj is None else (self.gate_proj, self.up_proj)
+        return self.output_runner(self._output, *self.enter(x_BSD, matrices))
 
     def _output(self, gate_BSF: Tensor, up_BSF: Tensor | None = None) -> Tensor:
         h_BSF = self.activation(gate_BSF)
-        return self.down_proj(h_BSF if up_BSF is None else h_BSF * up_BSF)
+        return self.leave(h_BSF if up_BSF is None else h_BSF * up_BSF, self.down_proj)

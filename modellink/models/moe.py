@@ -4,8 +4,8 @@
       └──────────────────────────────▶ shared experts (x sigmoid gate) ─────────────────────────────────────▶ +
 
 Routing is in fp32. Experts are stacked parameters (`experts.gate_proj` [E, F, D]), so that one grouped matrix product
-runs all of them. Between "rows sorted by expert" and the weighted sum stands one call, `run_experts`; expert
-parallelism replaces that call (send rows, run the local experts, send back) and nothing else.
+runs all of them. Expert parallelism replaces what stands between router and shared experts, in two halves
+(`begin_routed`: send rows off; then, after the shared experts: run the local ones, take rows back), and nothing else.
 
 Auxiliary losses never reach the trainer: their gradient is attached to the output of the layer by an identity. What
 they weigh against the token loss is `MoE.token_weight`, the factor with which one position counts in the scalar that is
@@ -22,7 +22,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -180,22 +181,35 @@ class Experts(nn.Module):
         # parallelism hands in what this rank sees of a parameter (name, parameter): fewer experts, or narrower ones
         self.local: Callable[[str, nn.Parameter], Tensor] | None = None
         self.output_runner: Runner = run_plainly
+        # parallelism also hands in what to do with rows that are still travelling: (how to run rows, rows, facts about
+        # them) -> results
+        self.exchange: Callable[[Callable[..., Tensor], Any, Any], Any] | None = None
 
-    def forward(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
-        """Rows [R, D], the first counts_E[0] (int64 [E], sum R) of them for expert 0, and so on -> [R, D]."""
+    def forward(self, rows: Any, facts: Any) -> Any:
+        """Rows [R, D], the first facts[0] (int64 [E], sum R) of them for expert 0, and so on -> [R, D].
+
+        With `exchange`, whatever that takes and gives: FSDP gathers and frees weights around this one call.
+        """
         found: dict[str, Tensor] = dict(self.named_parameters())
         if self.local is not None:
             found = {name: self.local(name, parameter) for name, parameter in self.named_parameters()}
+        run = partial(self._run, found)
+        return run(rows, facts) if self.exchange is None else self.exchange(run, rows, facts)
+
+    def _run(self, found: dict[str, Tensor], x_RD: Tensor, counts_E: Tensor, counts: list[int] | None = None) -> Tensor:
+        """`counts` is counts_E where the host knows it already."""
+        ends_E = None
         if self.grouped and has_grouped_kernel(x_RD, found["up_proj"]):
-            ends_E, counts = counts_E.cumsum(0, dtype=torch.int32), None
-        else:
-            ends_E, counts = None, counts_E.tolist()
+            ends_E = counts_E.cumsum(0, dtype=torch.int32)
+        elif counts is None:
+            counts = counts_E.tolist()
 
         def project(x_RD: Tensor, name: str) -> Tensor:
             weight_EFD, bias_EF = found[name], found.get(f"{name}_bias")
             if ends_E is not None:
                 y_RF = _grouped_product(x_RD, weight_EFD, ends_E)
             else:
+                assert counts is not None
                 parts = zip(x_RD.split(counts), weight_EFD, strict=True)
                 y_RF = torch.cat([F.linear(part, weight) for part, weight in parts])
             return y_RF if bias_EF is None else y_RF + bias_EF.repeat_interleave(counts_E, 0, output_size=len(y_RF))
@@ -231,6 +245,37 @@ def _grouped_product(x_RD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor
     return y_RF
 
 
+class _TakeRows(torch.autograd.Function):
+    """Rows of tokens for (token, choice) pairs. Gradients are put in place and summed over a token's choices: no two
+    writers meet, unlike in the gradient of plain indexing."""
+
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, pairs_R: Tensor, choices: int) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(pairs_R)
+        ctx.tokens, ctx.choices = len(x_TD), choices
+        return x_TD.index_select(0, pairs_R // choices)
+
+    @staticmethod
+    def backward(ctx, grad_RD: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+        (pairs_R,) = ctx.saved_tensors
+        pairs = ctx.tokens * ctx.choices
+        new = grad_RD.new_empty if len(pairs_R) == pairs else grad_RD.new_zeros  # dropped pairs have no gradient
+        grad_PD = new(pairs, grad_RD.shape[-1]).index_copy_(0, pairs_R, grad_RD)
+        return grad_PD.unflatten(0, (ctx.tokens, ctx.choices)).sum(1), None, None
+
+
+def take_rows(x_TD: Tensor, pairs_R: Tensor, choices: int) -> Tensor:
+    """Row of its token for each pair (place in the flattened [T, k], each at most once, k = `choices`): [R, D]."""
+    return _TakeRows.apply(x_TD, pairs_R, choices)
+
+
+def weighted_sum(y_RD: Tensor, pairs_R: Tensor, weights_Tk: Tensor) -> Tensor:
+    """What experts made of the rows of these pairs, times the weights, summed over a token's choices: [T, D]."""
+    y_PD = y_RD.new_zeros(weights_Tk.numel(), y_RD.shape[-1]).index_copy(0, pairs_R, y_RD)  # dropped: zero
+    weights_Tk = weights_Tk.to(y_PD.dtype)
+    return (y_PD.unflatten(0, weights_Tk.shape) * weights_Tk[..., None]).sum(1)
+
+
 class _Order(NamedTuple):
     """Kept (token, choice) pairs, sorted by expert."""
 
@@ -239,31 +284,52 @@ class _Order(NamedTuple):
     slots_R: Tensor | None  # int64: with padding, the row each pair takes
 
 
-def expert_order(routing: Routing, config: ModelConfig) -> _Order:
-    """Sort pairs by expert (by token within one) and drop what exceeds the capacity.
+def sort_by_expert(experts_P: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(places of pairs sorted by expert, by token within one; the experts sorted; int64 [E] pairs of each expert).
+
+    Pairs with the number `experts` are dropped ones: they come last.
+    """
+    sorted_P, pairs_P = experts_P.sort(stable=True)
+    ends_E = torch.searchsorted(sorted_P, torch.arange(experts, device=experts_P.device), right=True)
+    return pairs_P, sorted_P, ends_E.diff(prepend=ends_E.new_zeros(1))
+
+
+def _places(sorted_P: Tensor, counts_E: Tensor) -> Tensor:
+    """int64 [P]: how many pairs of the same expert stand before each."""
+    starts_E = counts_E.cumsum(0) - counts_E
+    last = len(counts_E) - 1  # any start will do for a dropped pair
+    return torch.arange(len(sorted_P), device=sorted_P.device) - starts_E[sorted_P.clamp(max=last)]
+
+
+def chosen_experts(routing: Routing, config: ModelConfig) -> Tensor:
+    """int64 [T, k]: the expert of each choice; E, which is none, where that would exceed its capacity.
 
     "probs" keeps the largest weights, "position" the first tokens.
     """
-    experts_P = routing.experts_Tk.flatten()
-    everyone = torch.arange(config.num_experts, device=experts_P.device)
     if config.expert_capacity_factor is None:
-        sorted_P, pairs_P = experts_P.sort(stable=True)
-        ends_E = torch.searchsorted(sorted_P, everyone, right=True)
-        return _Order(pairs_P, ends_E.diff(prepend=ends_E.new_zeros(1)), None)
-    limit = capacity(config, len(experts_P))
+        return routing.experts_Tk
+    experts_P = routing.experts_Tk.flatten()
+    ranked_P = torch.arange(len(experts_P), device=experts_P.device)
     if config.token_drop_policy == "probs":
-        best = routing.weights_Tk.detach().flatten().sort(descending=True, stable=True).indices
-        pairs_P = best[experts_P[best].sort(stable=True).indices]
-    else:
-        pairs_P = experts_P.sort(stable=True).indices
-    sorted_P = experts_P[pairs_P]
-    ends_E = torch.searchsorted(sorted_P, everyone, right=True)
-    counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
-    place_P = torch.arange(len(pairs_P), device=pairs_P.device) - (ends_E - counts_E)[sorted_P]
-    kept_P = place_P < limit
-    slots_R = (sorted_P * limit + place_P)[kept_P] if config.pad_experts_to_capacity else None
-    counts_E = torch.full_like(counts_E, limit) if config.pad_experts_to_capacity else counts_E.clamp(max=limit)
-    return _Order(pairs_P[kept_P], counts_E, slots_R)
+        ranked_P = routing.weights_Tk.detach().flatten().sort(descending=True, stable=True).indices
+    pairs_P, sorted_P, counts_E = sort_by_expert(experts_P[ranked_P], config.num_experts)
+    kept_P = _places(sorted_P, counts_E) < capacity(config, len(experts_P))
+    kept_P = torch.where(kept_P, sorted_P, config.num_experts)
+    return torch.empty_like(experts_P).scatter_(0, ranked_P[pairs_P], kept_P).view_as(routing.experts_Tk)
+
+
+def expert_order(routing: Routing, config: ModelConfig) -> _Order:
+    """Sort pairs by expert (by token within one) without those that exceed the capacity."""
+    experts_P = chosen_experts(routing, config).flatten()
+    pairs_P, sorted_P, counts_E = sort_by_expert(experts_P, config.num_experts)
+    if config.expert_capacity_factor is None:
+        return _Order(pairs_P, counts_E, None)
+    kept = int(counts_E.sum())
+    if not config.pad_experts_to_capacity:
+        return _Order(pairs_P[:kept], counts_E, None)
+    limit = capacity(config, len(experts_P))
+    slots_P = sorted_P * limit + _places(sorted_P, counts_E)
+    return _Order(pairs_P[:kept], torch.full_like(counts_E, limit), slots_P[:kept])
 
 
 class MoE(nn.Module):
@@ -279,9 +345,9 @@ class MoE(nn.Module):
         gated = config.n_shared_experts and config.shared_expert_gate
         width = config.shared_expert_gate_dimension
         self.shared_expert_gate = nn.Linear(config.hidden_size, width, bias=False) if gated else None
-        # expert parallelism hands in another way of running the sorted rows, or of everything after the router
-        self.run_experts: Callable[[Tensor, Tensor], Tensor] | None = None
-        self.run_routed: Callable[[Tensor, Routing], Tensor] | None = None
+        # expert parallelism hands in another way from tokens and their routing to weighted sums: it begins, and what it
+        # returns is called for the result once the shared experts have been computed
+        self.begin_routed: Callable[[Tensor, Routing], Callable[[], Tensor]] | None = None
         self.mean_over_sequence: Callable[[Tensor], Tensor] | None = None  # context parallelism hands it in
         self.token_weight: Tensor | float | None = None  # see the top of this module
         # sums over the backward passes since `reset_statistics`: auxiliary losses, times their coefficients and
@@ -293,28 +359,31 @@ class MoE(nn.Module):
         """[B, S, D] -> [B, S, D]."""
         x_TD = x_BSD.flatten(0, -2)
         routing = self.gate(x_TD)
-        y_TD = (self.run_routed or self._routed)(x_TD, routing)
-        if self.shared_experts is not None:
-            shared_TD = self.shared_experts(x_TD)
-            if self.shared_expert_gate is not None:
-                shared_TD = shared_TD * torch.sigmoid(self.shared_expert_gate(x_TD))
-            y_TD = y_TD + shared_TD
+        finish = (self.begin_routed or partial(partial, self._routed))(x_TD, routing)
+        shared_TD = self._shared(x_TD)
+        y_TD = finish() if shared_TD is None else finish() + shared_TD
         if self.training:
             y_TD = self._attach_losses(y_TD, routing, len(x_BSD))
         return y_TD.view_as(x_BSD)
 
+    def _shared(self, x_TD: Tensor) -> Tensor | None:
+        if self.shared_experts is None:
+            return None
+        shared_TD = self.shared_experts(x_TD)
+        if self.shared_expert_gate is not None:
+            shared_TD = shared_TD * torch.sigmoid(self.shared_expert_gate(x_TD))
+        return shared_TD
+
     def _routed(self, x_TD: Tensor, routing: Routing) -> Tensor:
         pairs_R, counts_E, slots_R = expert_order(routing, self.config)
-        x_RD = x_TD[pairs_R // self.config.router_topk]
+        x_RD = take_rows(x_TD, pairs_R, self.config.router_topk)
         if slots_R is not None:
             rows = self.config.num_experts * capacity(self.config, routing.experts_Tk.numel())
             x_RD = x_RD.new_zeros(rows, x_RD.shape[-1]).index_copy(0, slots_R, x_RD)
-        y_RD = (self.run_experts or self.experts)(x_RD, counts_E)
+        y_RD = self.experts(x_RD, counts_E)
         if slots_R is not None:
             y_RD = y_RD[slots_R]
-        y_PD = y_RD.new_zeros(routing.experts_Tk.numel(), y_RD.shape[-1]).index_copy(0, pairs_R, y_RD)  # dropped: zero
-        weights_Tk = routing.weights_Tk.to(y_PD.dtype)
-        return (y_PD.unflatten(0, weights_Tk.shape) * weights_Tk[..., None]).sum(1)
+        return weighted_sum(y_RD, pairs_R, routing.weights_Tk)
 
     def _attach_losses(self, y_TD: Tensor, routing: Routing, batch: int) -> Tensor:
         losses = auxiliary_losses(routing, self.config, batch, self.mean_over_sequence)

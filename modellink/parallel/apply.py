@@ -161,7 +161,7 @@ def build_model(
             chunk = Decoder(model, spec.layers, spec.first, spec.last)
         chunk.cast(torch.float32 if data_parallel else dtype)
         if topology.size("tp") > 1:
-            apply_tensor_parallel(chunk, topology.mesh["tp"], parallel.sequence_parallel)
+            apply_tensor_parallel(chunk, topology.mesh["tp"], parallel)
         chunk.causal = parallel.cp_attention_mask_type == "causal"
         apply_expert_parallel(chunk, topology, parallel)
         if context is not None:

@@ -27,11 +27,13 @@ from torch.distributed.tensor.parallel import (
 from torch.func import functional_call
 
 from modellink import device
-from modellink.models.attention import AttentionCore
+from modellink.config.schema import ParallelConfig
+from modellink.models.attention import Attention, AttentionCore
 from modellink.models.decoder import Decoder
-from modellink.models.layers import Dropout
+from modellink.models.layers import MLP, Dropout
 from modellink.models.mla import LatentAttention
 from modellink.models.moe import MoE
+from modellink.parallel.async_tensor import OverlappedBlock, overlap_over
 from modellink.parallel.plan import SUMMED, kind_of, split_dimension
 
 
@@ -106,15 +108,36 @@ def apply_local_regions(model: Decoder, mesh: DeviceMesh, between: Shard | Repli
             regions.append(f"{name}.mlp")
     for region in regions:
         for name, parameter in list(model.get_submodule(region).named_parameters(prefix=region)):
-            if name.startswith(f"{region}.{OWN}"):
-                continue
-            dim = split_dimension(name)
-            placement = Replicate() if dim is None else Shard(dim)
-            split = distribute_tensor(parameter, mesh, [placement], src_data_rank=None)
-            owner, _, leaf = name.rpartition(".")
-            owned = nn.Parameter(split, requires_grad=parameter.requires_grad)
-            model.get_submodule(owner).register_parameter(leaf, owned)
+            if not name.startswith(f"{region}.{OWN}"):
+                _split(model, name, parameter, mesh)
     return regions
+
+
+def _split(model: Decoder, name: str, parameter: nn.Parameter, mesh: DeviceMesh) -> None:
+    """Make a parameter of `model` the DTensor that the plan says."""
+    dim = split_dimension(name)
+    placement = Replicate() if dim is None else Shard(dim)
+    split = distribute_tensor(parameter, mesh, [placement], src_data_rank=None)
+    owner, _, leaf = name.rpartition(".")
+    owned = nn.Parameter(split, requires_grad=parameter.requires_grad)
+    model.get_submodule(owner).register_parameter(leaf, owned)
+
+
+def apply_overlapped_blocks(model: Decoder, mesh: DeviceMesh) -> set[str]:
+    """Shard the matrices of attention and dense MLPs, and hand in ways through them that overlap; the names of blocks
+    and matrices, which need no other style."""
+    block = OverlappedBlock(overlap_over(mesh.get_group()))
+    done = set()
+    for name, module in model.named_modules():
+        if kind_of(name) != "block" or not isinstance(module, (Attention, MLP)):
+            continue
+        module.enter, module.leave = block.enter, block.leave
+        matrices = [f"{name}.{leaf}" for leaf, child in module.named_children() if isinstance(child, nn.Linear)]
+        for matrix in matrices:
+            for parameter_name, parameter in list(model.get_submodule(matrix).named_parameters(prefix=matrix)):
+                _split(model, parameter_name, parameter, mesh)
+        done |= {name, *matrices}
+    return done
 
 
 def style_of(kind: str, sequence_parallel: bool) -> ParallelStyle | None:
@@ -155,13 +178,17 @@ def own_random_stream(rank: int) -> Callable[[], AbstractContextManager[object]]
     return region
 
 
-def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence_parallel: bool) -> None:
+def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh, parallel: ParallelConfig) -> None:
     """Shard `model` (parameters may be on the meta device) over the one-dimensional tensor `mesh`, in place."""
+    sequence_parallel = parallel.sequence_parallel
     regions = apply_local_regions(model, mesh, Shard(1) if sequence_parallel else Replicate())
     inside = tuple(f"{region}." for region in regions)
+    overlapped = set()
+    if sequence_parallel and parallel.async_tensor_parallel:
+        overlapped = apply_overlapped_blocks(model, mesh)
     styles = {}
     for name, _ in model.named_modules():
-        kind = None if f"{name}.".startswith(inside) else kind_of(name)
+        kind = None if f"{name}.".startswith(inside) or name in overlapped else kind_of(name)
         style = style_of(kind, sequence_parallel) if kind is not None else None
         if style is not None:
             styles[name] = style

@@ -10,6 +10,7 @@ from spawn import run_distributed
 
 TOLERANCE = 1e-5
 EP = {"expert_parallel": 2}
+ASYNC = EP | {"moe_permutation_async_comm": True}
 GATHER = EP | {"moe_token_dispatcher_type": "allgather"}
 SP, PP = {"tensor_parallel": 2, "sequence_parallel": True}, {"pipeline_parallel": 2}
 RING = {"context_parallel": 2, "context_parallel_algo": "megatron_cp_algo"}
@@ -25,6 +26,11 @@ CASES: dict[int, list[tuple[str, dict[str, Any], int]]] = {
         ("sigmoid", EP | {"zero_stage": 1}, 2),
         ("deepseek", EP | RING, 2),
         ("padded", EP, 2),
+        ("moe", ASYNC | {"zero_stage": 3, "recompute_granularity": "full"}, 1),
+        ("deepseek", ASYNC | {"zero_stage": 2}, 2),
+        ("sigmoid", ASYNC | {"recompute_granularity": "selective"}, 2),
+        ("padded", ASYNC, 2),
+        ("deepseek", ASYNC | GATHER, 2),
     ],
     4: [
         ("moe", EP | {"zero_stage": 3}, 1),
@@ -36,11 +42,17 @@ CASES: dict[int, list[tuple[str, dict[str, Any], int]]] = {
         ("sigmoid", EP | {"zero_stage": 1, "data_parallel_replicas": 2}, 1),
         ("deepseek", {"expert_parallel": 4, "zero_stage": 0} | RING, 2),
         ("odd", {"expert_parallel": 2, "zero_stage": 1}, 1),
+        ("sigmoid", ASYNC | SP | {"zero_stage": 1}, 2),
+        ("moe", ASYNC | PP | {"zero_stage": 3}, 2),
+        ("deepseek", ASYNC | SP | RING, 2),
+        ("deepseek", ASYNC | PP | RING | {"layers_per_virtual_stage": 1}, 2),
     ],
     8: [
         ("deepseek", EP | SP | PP | {"zero_stage": 1}, 2),
         ("moe", EP | SP | RING | {"zero_stage": 3}, 2),
         ("deepseek", EP | PP | RING | {"zero_stage": 2, "layers_per_virtual_stage": 1}, 2),
+        ("deepseek", ASYNC | SP | PP | RING, 2),
+        ("sigmoid", ASYNC | SP | PP | RING | {"async_tensor_parallel": True, "recompute_granularity": "full"}, 2),
     ],
 }
 

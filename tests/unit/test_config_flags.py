@@ -187,10 +187,10 @@ def test_harmless_values_pass_silently(argv: list[str]) -> None:
 
 
 def test_accepted_flags_warn_once_a_reason() -> None:
-    given = parse(["--use-flash-attn", "--use-mc2", "--lora-r", "8"], "train")
+    given = parse(["--use-flash-attn", "--skip-bias-add", "--lora-r", "8"], "train")
     warnings = check_statuses(given)
     assert len(warnings) == 2
-    assert warnings[0].startswith("--use-flash-attn, --use-mc2: no effect")
+    assert warnings[0].startswith("--use-flash-attn, --skip-bias-add: no effect")
     assert "--lora-r" in warnings[1] and "not built yet" in warnings[1]
 
 

@@ -471,19 +471,19 @@ def test_correction_bias_moves_choices_not_weights() -> None:
     assert not router.e_score_correction_bias.requires_grad
 
 
-def test_run_experts_is_the_only_way_to_the_experts() -> None:
-    block = MoE(model_config(**OURS))
+def test_what_stands_between_router_and_shared_experts_can_be_replaced() -> None:
+    block = MoE(model_config(**OURS, n_shared_experts=1))
     randomize(block)
     x = torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(10))
     expected, seen = block(x), []
+    block.shared_experts.register_forward_hook(lambda *_: seen.append("shared"))
 
-    def elsewhere(x_RD: Tensor, counts_E: Tensor) -> Tensor:
-        seen.append((x_RD.shape, counts_E.tolist()))
-        return block.experts(x_RD, counts_E)
+    def begin(x_TD: Tensor, routing: Any) -> Any:
+        seen.append("begin")
+        return lambda: seen.append("finish") or block._routed(x_TD, routing)
 
-    block.run_experts = elsewhere
-    assert torch.equal(block(x), expected)
-    assert seen[0][0] == (30, HIDDEN) and sum(seen[0][1]) == 30 and len(seen[0][1]) == EXPERTS
+    block.begin_routed = begin
+    assert torch.equal(block(x), expected) and seen == ["begin", "shared", "finish"]
 
 
 @pytest.mark.parametrize(

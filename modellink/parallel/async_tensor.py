@@ -1,0 +1,198 @@
+"""Tensor parallelism whose communication overlaps with its matrix products.
+
+With sequence parallelism a block gathers its input, and the parts of its output are summed and scattered. Here both
+travel in pieces, one a tensor rank, while other pieces are multiplied:
+
+    gather   the shard that is here is multiplied while the next one arrives
+    scatter  the sum for one rank travels on while the next piece is multiplied, and is added to it
+
+Backward does the same with the roles exchanged. The pieces travel round a ring, on any device; where ranks can read
+each other's memory, torch's fused operators take over. Only blocks whose matrices all read the input itself are run so
+(attention, dense MLP); latent attention and experts gather once and are left alone. Source: Wang et al. (ASPLOS 2023,
+overlap by decomposition). Legend: B batch, s local positions, S = t s positions, D in, F out; T = S B rows, position
+first, so that a piece is contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import Partial
+
+from modellink import device
+from modellink.models.projections import wanted, weight_gradients
+from modellink.parallel.collectives import gather_rows
+
+Products = Sequence[tuple[Tensor, Tensor]]
+
+
+class Overlap(Protocol):
+    """Products together with the collective before or after them. No gradients."""
+
+    def gather_products(self, x_tD: Tensor, matrices_DF: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Rows of all ranks [T, D], and their product with each matrix [T, F]."""
+
+    def products_scatter(self, products: Products) -> Tensor:
+        """Sum of the products [T, F] @ [F, D], summed over the ranks; this rank's rows [T / ranks, D]."""
+
+
+class Ring:
+    """Pieces go from neighbour to neighbour."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.size, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
+        members = dist.get_process_group_ranks(group)
+        self.following, self.before = (members[(self.rank + step) % self.size] for step in (1, -1))
+
+    def _pass_on(self, leaving: Tensor, arriving: Tensor) -> list[Any]:
+        return dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, leaving, self.following, self.group),
+                dist.P2POp(dist.irecv, arriving, self.before, self.group),
+            ]
+        )
+
+    def gather_products(self, x_tD: Tensor, matrices_DF: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        whole_TD = x_tD.new_empty(len(x_tD) * self.size, x_tD.shape[1])
+        pieces = whole_TD.chunk(self.size)
+        pieces[self.rank].copy_(x_tD)
+        # no product is written into another tensor: operator-level recomputation keeps what products return
+        made = [[x_tD] * self.size for _ in matrices_DF]
+        for step in range(self.size):
+            here, coming = (self.rank - step) % self.size, (self.rank - step - 1) % self.size
+            works = self._pass_on(pieces[here], pieces[coming]) if step < self.size - 1 else []
+            for matrix_DF, products in zip(matrices_DF, made, strict=True):
+                products[here] = pieces[here] @ matrix_DF
+            for work in works:
+                work.wait()
+        return whole_TD, [torch.cat(products) for products in made]
+
+    def products_scatter(self, products: Products) -> Tensor:
+        lefts = [left_TF.chunk(self.size) for left_TF, _ in products]
+        arriving, works = None, []
+        for step in range(self.size):
+            target = (self.rank - 1 - step) % self.size  # its own at last
+            total = lefts[0][target] @ products[0][1]
+            for left, (_, right) in zip(lefts[1:], products[1:], strict=True):
+                total = torch.addmm(total, left[target], right)
+            for work in works:
+                work.wait()
+            if arriving is not None:
+                total = total + arriving
+            if step < self.size - 1:
+                leaving, arriving = total, torch.empty_like(total)
+                works = self._pass_on(leaving, arriving)
+        return total
+
+
+class SymmetricMemory:
+    """torch's fused operators: ranks read each other's pieces out of memory that they share."""
+
+    def __init__(self, group: dist.ProcessGroup, operators: Any = None) -> None:
+        self.group, self.name = group, group.group_name
+        self.operators = operators or torch.ops.symm_mem
+
+    def gather_products(self, x_tD: Tensor, matrices_DF: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        if not matrices_DF:
+            return gather_rows(x_tD, self.group), []
+        whole_TD, made = self.operators.fused_all_gather_matmul(x_tD, list(matrices_DF), 0, self.name, return_A=True)
+        return whole_TD, list(made)
+
+    def products_scatter(self, products: Products) -> Tensor:
+        left_TF, right_FD = products[0]
+        if len(products) > 1:
+            left_TF, right_FD = (
+                torch.cat([left for left, _ in products], 1),
+                torch.cat([right for _, right in products]),
+            )
+        return self.operators.fused_matmul_reduce_scatter(left_TF.contiguous(), right_FD, "sum", 0, self.name)
+
+
+def overlap_over(group: dist.ProcessGroup) -> Overlap:
+    """The best way that the device has; `group` must lie on one machine for shared memory."""
+    together = device.device_count() % dist.get_world_size(group) == 0  # tensor ranks are neighbours
+    return SymmetricMemory(group) if device.supports("symmetric_memory") and together else Ring(group)
+
+
+def _rows(x_BSD: Tensor) -> Tensor:
+    return x_BSD.transpose(0, 1).flatten(0, 1).contiguous()
+
+
+def _unrows(x_TD: Tensor, batch: int) -> Tensor:
+    return x_TD.unflatten(0, (-1, batch)).transpose(0, 1)
+
+
+class _Enter(torch.autograd.Function):
+    """x [B, s, D] -> for each matrix [F, D] and bias [F] the product with the whole x, [B, S, F]."""
+
+    @staticmethod
+    def forward(ctx, overlap: Overlap, count: int, x_BsD: Tensor, *parameters: Any) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
+        weights, biases = parameters[:count], parameters[count:]
+        whole_TD, made = overlap.gather_products(_rows(x_BsD), [weight_FD.T for weight_FD in weights])
+        made = [y_TF if bias_F is None else y_TF + bias_F for y_TF, bias_F in zip(made, biases, strict=True)]
+        ctx.save_for_backward(whole_TD, *weights)
+        ctx.overlap, ctx.batch = overlap, len(x_BsD)
+        return tuple(_unrows(y_TF, ctx.batch) for y_TF in made)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
+        whole_TD, *weights = ctx.saved_tensors
+        needs = wanted(ctx)
+        grads_TF = [_rows(grad) for grad in grads]
+        grad_x = None
+        if needs[0]:
+            products = list(zip(grads_TF, weights, strict=True))
+            grad_x = _unrows(ctx.overlap.products_scatter(products), ctx.batch)
+        return None, None, grad_x, *weight_gradients(grads_TF, whole_TD, needs[1:])
+
+
+class _Leave(torch.autograd.Function):
+    """h [B, S, F] and a matrix [D, F] -> this rank's positions of the products summed over the ranks, [B, s, D]."""
+
+    @staticmethod
+    def forward(ctx, overlap: Overlap, h_BSF: Tensor, weight_DF: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        h_TF = _rows(h_BSF)
+        ctx.save_for_backward(h_TF, weight_DF)
+        ctx.overlap, ctx.batch, ctx.gathered = overlap, len(h_BSF), None
+        return _unrows(overlap.products_scatter([(h_TF, weight_DF.T)]), ctx.batch)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        h_TF, weight_DF = ctx.saved_tensors
+        needs_input, needs_weight = wanted(ctx)
+        grad_h = grad_weight = None
+        if needs_input or ctx.gathered is None:
+            gathered, made = ctx.overlap.gather_products(_rows(grad), [weight_DF] if needs_input else [])
+            ctx.gathered = None if needs_weight else gathered  # for the pass that wants it
+            grad_h = _unrows(made[0], ctx.batch) if needs_input else None
+        else:
+            gathered, ctx.gathered = ctx.gathered, None
+        if needs_weight:
+            grad_weight = gathered.T @ h_TF
+        return None, grad_h, grad_weight
+
+
+def _local(tensor: Any) -> Any:
+    """This rank's shard. What is whole meets this rank's positions only, so its gradient is a part of a sum."""
+    if tensor is None:
+        return None
+    return tensor.to_local(grad_placements=[Partial() if p.is_replicate() else p for p in tensor.placements])
+
+
+class OverlappedBlock:
+    """`enter` and `leave` of attention and MLP: positions of this rank in, positions of this rank out."""
+
+    def __init__(self, overlap: Overlap) -> None:
+        self.overlap = overlap
+
+    def enter(self, x_BsD: Tensor, linears: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
+        weights = [_local(linear.weight) for linear in linears]
+        return _Enter.apply(self.overlap, len(linears), x_BsD, *weights, *(_local(linear.bias) for linear in linears))
+
+    def leave(self, h_BSF: Tensor, linear: nn.Linear) -> Tensor:
+        y_BsD = _Leave.apply(self.overlap, h_BSF, _local(linear.weight))
+        return y_BsD if linear.bias is None else y_BsD + _local(linear.bias)
