@@ -29,7 +29,11 @@ BASE = (
 AXES: dict[str, dict[str, str]] = {
     "model": {"tied": "tied", "moe": "moe", "deepseek": "deepseek"},  # names of equivalence.MODELS; llama without one
     "documents": {"packed": "--reset-attention-mask --reset-position-ids"},
-    "tensor": {"tp": "--tensor-parallel 2", "sp": "--tensor-parallel 2 --sequence-parallel"},
+    "tensor": {
+        "tp": "--tensor-parallel 2",
+        "sp": "--tensor-parallel 2 --sequence-parallel",
+        "sp-overlap": "--tensor-parallel 2 --sequence-parallel --use-mc2",
+    },
     "pipeline": {
         "1f1b": "--pipeline-parallel 2",
         "uneven": "--pipeline-parallel 2 --num-layer-list 1,3",
@@ -46,6 +50,8 @@ AXES: dict[str, dict[str, str]] = {
     "experts": {
         "alltoall": "--expert-parallel 2",
         "allgather": "--expert-parallel 2 --moe-token-dispatcher-type allgather",
+        "alltoall-overlap": "--expert-parallel 2 --moe-permutation-async-comm",
+        "allgather-overlap": "--expert-parallel 2 --moe-token-dispatcher-type allgather --moe-permutation-async-comm",
     },
     "data": {
         "zero0": "--zero-stage 0",

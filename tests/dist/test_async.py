@@ -28,13 +28,11 @@ CASES: dict[int, list[tuple[str, dict[str, Any], int]]] = {
         ("tied", SP | {"recompute_granularity": "full"}, 1),
         ("deepseek", SP, 2),
         ("sinks", SP | {"recompute_granularity": "selective"}, 2),
-        ("gemma2", SP, 2),
     ],
     4: [
         ("llama", SP | {"tensor_parallel": 4}, 2),
         ("gpt", SP | {"tensor_parallel": 4, "recompute_granularity": "full"}, 2),
-        ("tied", SP | {"zero_stage": 3}, 1),
-        ("gpt", SP | {"pipeline_parallel": 2}, 1),
+        ("tied", SP | {"pipeline_parallel": 2}, 1),
     ],
 }
 
