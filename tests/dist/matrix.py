@@ -66,6 +66,7 @@ AXES: dict[str, dict[str, str]] = {
         "uniform": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 2",
         "block": "--recompute-granularity full --recompute-method block --recompute-num-layers 1",
     },
+    "output": {"slices": "--output-layer-slice-num 3"},
     "optimizer": {
         "sgd": "--optimizer sgd",
         "cadam": "--optimizer cadam --lr 2e-4 --weight-decay 0.5",
