@@ -15,6 +15,7 @@ One process takes the model as it is: none of the wrappers exists.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from torch.distributed.tensor import Shard
 from modellink.config.schema import ModelConfig, ParallelConfig
 from modellink.models.decoder import Decoder
 from modellink.models.init import initial_value
-from modellink.models.moe import Experts
+from modellink.models.moe import Experts, MoE
 from modellink.parallel.context import ContextParallel, apply_context_parallel
 from modellink.parallel.expert import apply_expert_parallel
 from modellink.parallel.pipeline import Pipeline, StageSpec, stage_specs
@@ -136,6 +137,21 @@ def saved_inputs(parallel: ParallelConfig, topology: Topology) -> SharedInputs |
     return SharedInputs(group) if shared else None
 
 
+def compile_layers(model: Decoder) -> None:
+    """Compile each layer around its attention core and its experts.
+
+    The core is kernels already, builds masks once for all layers, and talks to other ranks; experts take as many rows
+    as are routed. What runs again in backward must meet the program that its forward met, which neither a mask that is
+    there by then nor a shape that has become a variable may change.
+    """
+    layers: Any = model.layers.values()
+    for layer in layers:
+        layer.self_attn.core_runner = torch.compiler.disable(layer.self_attn.core_runner)
+        if isinstance(layer.mlp, MoE):
+            layer.mlp_runner = torch.compiler.disable(layer.mlp_runner)
+        layer.compile(dynamic=False)
+
+
 def build_model(
     model: ModelConfig,
     parallel: ParallelConfig,
@@ -168,8 +184,7 @@ def build_model(
             apply_context_parallel(chunk, context)
         apply_recompute(chunk, plan, saved_inputs(parallel, topology))
         if parallel.compile:
-            for layer in chunk.layers.values():
-                layer.compile()
+            compile_layers(chunk)
         if data_parallel:
             apply_data_parallel(chunk, topology, dtype)
         materialise(chunk, device, seed)

@@ -87,7 +87,7 @@ COMPANIONS = (("data", "zero1"), ("model", "moe"), ("tensor", "tp"), ("pipeline"
 # Options of a layout that are no feature of it, or that one process of its own proves: field -> where.
 ELSEWHERE = {
     "parallel.distributed_timeout_minutes": "says when to give up, not what to compute",
-    "parallel.compile": "tests/dist/test_fused_dist.py",
+    "parallel.compile": "tests/dist/test_compile.py: compiling takes minutes",
 }
 
 Feature = tuple[str, str]  # axis, value
