@@ -88,6 +88,7 @@ SPELLINGS: dict[str, str] = {
     "optimizer.use_checkpoint_schedule": "--use-checkpoint-opt_param-scheduler",
     "optimizer.split_master": "--reuse-fp32-param",
     "optimizer.fp32_grad_accumulation": "--accumulate-allreduce-grads-in-fp32",
+    "optimizer.release_fp32_grad": "--release-fp32-grad --grad-reduce-in-bf16",
     "train.check_for_nan": "!--no-check-for-nan-in-loss-and-grad",
     "train.deterministic": "--use-deter-comp --deterministic-mode",
     "data.seq_length": "--seq-length --encoder-seq-length",
@@ -322,7 +323,7 @@ ACCEPTED: dict[str, list[tuple[str, str]]] = {
             "--disable-tp-comm-bulk-wgrad --disable-tp-comm-split-ag --disable-tp-comm-split-rs "
             "--no-scatter-gather-tensors-in-pipeline --use-ring-exchange-p2p --nccl-communicator-config-path:str "
             "--zero-allgather-bucket-size:any --zero-reduce-bucket-size:any --ddp-bucket-size:any "
-            "--no-clone-scatter-output-in-embedding --overlap-grad-reduce --overlap-param-gather",
+            "--no-clone-scatter-output-in-embedding",
         ),
         ("the device decides: NCCL on CUDA, HCCL on Ascend, gloo on CPU", "--distributed-backend:str"),
         (

@@ -272,6 +272,12 @@ class ParallelConfig:
     data_parallel_replicas: int = option(
         1, help="hybrid sharding: groups of data ranks that each hold a full sharded copy"
     )
+    overlap_grad_reduce: bool = option(
+        True, help="sum the gradients of a layer while backward goes on below it; shards always are"
+    )
+    overlap_param_gather: bool = option(
+        False, help="ZeRO: ask for the next layer's weights before a layer computes, on any device"
+    )
     distributed_timeout_minutes: int = option(45, help="a collective that waits longer is an error")
     recompute_granularity: str | None = option(
         None,
@@ -383,6 +389,11 @@ class OptimizerConfig:
     def dtype(self) -> str:
         """Name of the compute dtype: float32, bfloat16 or float16."""
         return "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
+
+    @property
+    def gradient_dtype(self) -> str:
+        """Name of the dtype in which gradients are accumulated and summed over ranks."""
+        return self.dtype if self.release_fp32_grad else "float32"
 
 
 @dataclass

@@ -225,8 +225,25 @@ def _layout(resolved: ResolvedConfig) -> None:
     if parallel.distributed_optimizer and parallel.zero_stage == 0:
         sharded = flag_of("parallel.distributed_optimizer")
         raise ModelLinkError(f"--zero-stage 0 contradicts {sharded}, which is stage 1: leave one out.")
+    _overlap(resolved)
     check_recompute(resolved)
     assert model.num_layers
+
+
+def _overlap(resolved: ResolvedConfig) -> None:
+    """Overlap of data-parallel communication that the sharding allows."""
+    parallel = resolved.config.parallel
+    stage = parallel.zero_stage or int(parallel.distributed_optimizer)
+    if stage and not parallel.overlap_grad_reduce:
+        raise ModelLinkError(
+            f"--no-overlap-grad-reduce needs --zero-stage 0, not {stage}: shards of gradients are always made during "
+            "backward, so that whole ones do not pile up; leave it out."
+        )
+    if parallel.overlap_param_gather and not stage:
+        raise ModelLinkError(
+            f"--overlap-param-gather gathers sharded weights: give {flag_of('parallel.distributed_optimizer')} (or "
+            "--zero-stage 1, 2, 3) as well, or leave it out."
+        )
 
 
 def _experts(resolved: ResolvedConfig) -> None:
@@ -381,8 +398,6 @@ def _optimizer(resolved: ResolvedConfig) -> None:
         raise ModelLinkError(
             f"--release-fp32-grad contradicts {flag_of('optimizer.fp32_grad_accumulation')}: leave one out."
         )
-    if optimizer.release_fp32_grad and resolved.data_parallel * resolved.config.parallel.context_parallel > 1:
-        resolved.warnings.append("--release-fp32-grad: no effect with data parallelism: gradients are fp32 shards")
     if optimizer.split_master and not optimizer.bf16:
         raise ModelLinkError(
             f"{flag_of('optimizer.split_master')} stores masters as bf16 weights and remainders: it needs --bf16."

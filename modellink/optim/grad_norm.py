@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Placement, Replicate
 
-from modellink.optim.local import gradient_of, like_parameter, local_tensor, main_gradient_of
+from modellink.optim.local import gradient_of, like_parameter, local_tensor, set_gradient
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
@@ -182,14 +182,7 @@ def _all_reduce_together(mesh: DeviceMesh, dims: tuple[int, ...], params: list[n
     for dim in dims:
         dist.all_reduce(flat, group=mesh.get_group(dim))
     for param, local, piece in zip(params, locals_, flat.split([t.numel() for t in locals_]), strict=True):
-        _set_gradient(param, like_parameter(param, piece.view(local.shape)))
-
-
-def _set_gradient(param: nn.Parameter, grad: Tensor) -> None:
-    if main_gradient_of(param) is not None:
-        param.main_grad = grad  # type: ignore[attr-defined]
-    else:
-        param.grad = grad
+        set_gradient(param, like_parameter(param, piece.view(local.shape)))
 
 
 @torch.no_grad()
@@ -209,6 +202,6 @@ def finalize_partial_grads(params: Iterable[nn.Parameter]) -> None:
         if grad.device_mesh == param.device_mesh and all(_is_plain_sum(*pairs[dim]) for dim in dims):
             together.setdefault((grad.device_mesh, dims, grad.dtype), []).append(param)
         else:
-            _set_gradient(param, grad.redistribute(placements=param.placements))
+            set_gradient(param, grad.redistribute(placements=param.placements))
     for (mesh, dims, _), members in together.items():
         _all_reduce_together(mesh, dims, members)

@@ -7,8 +7,10 @@ plain tensors and may be empty, and wraps its own state as DTensors of the param
 
 from __future__ import annotations
 
+import math
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
@@ -17,6 +19,14 @@ def local_tensor(tensor: Tensor) -> Tensor:
     # under no_grad, to_local() hands out the shard itself instead of a differentiable view of it
     with torch.no_grad():
         return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def shard_count(tensor: Tensor) -> int:
+    """Into how many shards `tensor` is cut; 1 when it is plain."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    cut = [not place.is_replicate() for place in tensor.placements]
+    return math.prod(size for size, is_cut in zip(tensor.device_mesh.shape, cut, strict=True) if is_cut)
 
 
 def gradient_of(param: Tensor) -> Tensor | None:
@@ -28,6 +38,14 @@ def gradient_of(param: Tensor) -> Tensor | None:
 def main_gradient_of(param: Tensor) -> Tensor | None:
     """The float32 buffer `param.main_grad` into which a trainer accumulates, if there is one."""
     return getattr(param, "main_grad", None)
+
+
+def set_gradient(param: nn.Parameter, grad: Tensor) -> None:
+    """Replace what `gradient_of` returns."""
+    if main_gradient_of(param) is not None:
+        param.main_grad = grad  # type: ignore[attr-defined]
+    else:
+        param.grad = grad
 
 
 def like_parameter(param: Tensor, local: Tensor) -> Tensor:

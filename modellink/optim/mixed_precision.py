@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from modellink.errors import ModelLinkError
-from modellink.optim.local import gradient_of, like_parameter, local_tensor, main_gradient_of
+from modellink.optim.local import gradient_of, like_parameter, local_tensor, main_gradient_of, shard_count
 from modellink.optim.rounding import merge_float32, split_float32_
 from modellink.optim.states import State, StateForm, master_dtype
 
@@ -172,12 +172,17 @@ class MixedPrecisionOptimizer:
                 key = (index, mode, shard.dtype, shard.device, id(rule))
                 limit = bucket_elements or (_CPU_BUCKET if shard.device.type == "cpu" else _DEVICE_BUCKET)
                 for piece in self._pieces(name, limit):
+                    size, least = piece.stop - piece.start, 0
+                    if rule.whole_shards:
+                        # alike on all ranks that share the parameters, and with work for each of them
+                        ranks = shard_count(self._params[name])
+                        size, least = -(-self._params[name].numel() // ranks), 2 * ranks
                     bucket = filling.get(key)
-                    if bucket is None or bucket.numel + piece.stop - piece.start > limit:
+                    if bucket is None or (bucket.numel + size > limit and len(bucket.pieces) >= least):
                         bucket = filling[key] = _Bucket(rule, index, mode)
                         buckets.append(bucket)
                     bucket.pieces.append(piece)
-                    bucket.numel += piece.stop - piece.start
+                    bucket.numel += size
         return buckets
 
     def _pieces(self, name: str, limit: int) -> list[_Piece]:
@@ -349,6 +354,11 @@ class MixedPrecisionOptimizer:
         for remainder in self._remainders.values():
             local_tensor(remainder).zero_()
 
+    def state_tensors(self) -> tuple[list[Tensor], list[Tensor]]:
+        """What the optimizer itself holds in memory: (masters or remainders, states)."""
+        states = [tensor for _, _, state in self._all_states() for tensor in state.tensors()]
+        return [*self._masters.values(), *self._remainders.values()], states
+
     def bytes_per_parameter(self) -> dict[str, float]:
         """Measured bytes per local parameter, from storage sizes: weights, gradients, masters, moments."""
         params: list[Tensor] = list(self._params.values())
@@ -356,9 +366,8 @@ class MixedPrecisionOptimizer:
         tensors: dict[str, list[Tensor]] = {
             "weights": params,
             "gradients": [grad for grad in gradients if grad is not None],
-            "masters": [*self._masters.values(), *self._remainders.values()],
-            "moments": [tensor for _, _, state in self._all_states() for tensor in state.tensors()],
         }
+        tensors["masters"], tensors["moments"] = self.state_tensors()
         count = max(1, sum(local_tensor(param).numel() for param in params))
         return {what: _storage_bytes(items) / count for what, items in tensors.items()}
 

@@ -12,10 +12,11 @@ the root mean square of AdamW's, hence one lr and weight_decay serve both (Liu e
 Which parameters. Two-dimensional weights inside layers, and each expert of stacked ones [E, rows, columns]. Embeddings,
 the output matrix, biases, vectors and matrices of one row go to AdamW.
 
-Sharded matrices. Orthogonalisation needs the whole matrix. Ranks keep and update their own shard of the momentum,
-gather the look ahead over the axes that split the matrix, in the dtype of the iteration, all do the same iteration, and
-each keeps its part. Weights are thus those of one process at any layout, for one gather of each split matrix a step
-and a temporary copy of it. Experts of which a rank holds whole ones are not gathered.
+Sharded matrices. Orthogonalisation needs the whole matrix. Ranks keep and update their own shard of the momentum. The
+look ahead of each split matrix is put together on one of the ranks that share it, in the dtype of the iteration, which
+does the iteration and sends the parts back (modellink/optim/owners.py). Weights are thus those of one process at any
+layout, every rank does its share of the work, and its shards travel twice a step. Experts of which a rank holds whole
+ones stay where they are.
 
 In bytes a parameter of such a matrix (weights + gradients + masters + momentum): float32 4 + 4 + 0 + 4 = 12, bfloat16
 with bfloat16 gradients and split masters 2 + 2 + 2 + 4 = 10.
@@ -29,13 +30,12 @@ from typing import Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from modellink.optim.adamw import AdamWRule
-from modellink.optim.local import like_parameter, local_tensor
+from modellink.optim.local import local_tensor
 from modellink.optim.mixed_precision import MixedPrecisionOptimizer, OptimizerOptions, is_bias_or_vector
+from modellink.optim.owners import Split, split_of, work_on_owners
 from modellink.optim.states import FullState, StateForm
-from modellink.parallel.shard import local_slice
 
 # Jordan's quintic: the steepest at zero that still keeps every singular value within about 0.3 of 1
 _QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -67,6 +67,7 @@ class MuonRule:
 
     def __init__(self, momentum: float, steps: int, scale: float, dtype: torch.dtype) -> None:
         self.momentum, self.steps, self.scale, self.dtype = momentum, steps, scale, dtype
+        self._splits: dict[int, Split | None] = {}  # by id: the optimizer keeps the parameters alive
 
     def __call__(
         self,
@@ -80,31 +81,30 @@ class MuonRule:
         weight_decay: float,
     ) -> None:
         (momenta,) = states
-        for weight, grad, momentum, param in zip(weights, grads, momenta, params, strict=True):
+        aheads = []
+        for grad, momentum, param in zip(grads, momenta, params, strict=True):
             momentum.lerp_(grad, 1 - self.momentum)
-            ahead = momentum.lerp(grad, 1 - self.momentum).to(self.dtype).view(local_tensor(param).shape)
-            update = self._orthogonal(ahead, param).reshape(-1).to(weight.dtype)
+            aheads.append(momentum.lerp(grad, 1 - self.momentum).to(self.dtype).view(local_tensor(param).shape))
+        updates = self._orthogonal(aheads, params)
+        for weight, update, param in zip(weights, updates, params, strict=True):
             scale = self.scale * math.sqrt(max(param.shape[-2:]))
-            weight.mul_(1 - lr * weight_decay).sub_(update, alpha=lr * scale)
+            weight.mul_(1 - lr * weight_decay).sub_(update.reshape(-1).to(weight.dtype), alpha=lr * scale)
 
-    def _orthogonal(self, shard: Tensor, param: Tensor) -> Tensor:
-        """This rank's part of the orthogonalised matrix of which `shard` is its part."""
-        if not _splits_matrices(param):
-            return orthogonalise(shard, self.steps) if shard.numel() else shard
-        whole = like_parameter(param, shard)
-        assert isinstance(whole, DTensor)
-        return local_slice(orthogonalise(whole.full_tensor(), self.steps), param)
+    def _orthogonal(self, shards: list[Tensor], params: list[Tensor]) -> list[Tensor]:
+        """This rank's parts of the orthogonalised matrices of which `shards` are its parts."""
+        splits = [self._split(param) for param in params]
+        shared = [index for index, split in enumerate(splits) if split is not None]
+        made = work_on_owners([shards[i] for i in shared], [s for s in splits if s is not None], self._iterate)
+        done = dict(zip(shared, made, strict=True))
+        return [done[index] if index in done else self._iterate(shard) for index, shard in enumerate(shards)]
 
+    def _iterate(self, matrix: Tensor) -> Tensor:
+        return orthogonalise(matrix, self.steps) if matrix.numel() else matrix
 
-def _splits_matrices(param: Tensor) -> bool:
-    """Whether ranks hold parts of a matrix, and not whole ones of a stack or all."""
-    if not isinstance(param, DTensor):
-        return False
-    held_whole = [
-        place.is_replicate() or size == 1 or (param.ndim == 3 and getattr(place, "dim", None) == 0)
-        for place, size in zip(param.placements, param.device_mesh.shape, strict=True)
-    ]
-    return not all(held_whole)
+    def _split(self, param: Tensor) -> Split | None:
+        if id(param) not in self._splits:
+            self._splits[id(param)] = split_of(param)
+        return self._splits[id(param)]
 
 
 class MixedPrecisionMuon(MixedPrecisionOptimizer):

@@ -141,13 +141,13 @@ class BlockState(_PackedState):
 
     def __init__(self, param: Tensor, signed: bool) -> None:
         super().__init__(param, BLOCK, torch.uint8)
-        self._map = dynamic_map(signed).to(self._codes.device)
-        self._between, self._signed = (self._map[1:] + self._map[:-1]) / 2, signed
+        self._map, self._signed = dynamic_map(signed).to(self._codes.device), signed
+        self._first, self._between = (table.to(self._codes.device) for table in _search_tables(signed))
         self._codes.fill_(int(self._map.abs().argmin()))
 
     def read(self, start: int, stop: int) -> Tensor:
         scales = self._scales[self._rows(start, stop)].repeat_interleave(BLOCK)[: stop - start]
-        return self._map[self._codes[start:stop].int()].mul_(scales).to(self._dtype)
+        return self._map.index_select(0, self._codes[start:stop].int()).mul_(scales).to(self._dtype)
 
     def write(self, start: int, stop: int, value: Tensor) -> None:
         rows = self._rows(start, stop)
@@ -156,10 +156,12 @@ class BlockState(_PackedState):
         scales = blocks.gather(1, blocks.abs().argmax(1, keepdim=True)).view(-1)
         scales = torch.where(scales.abs() < _SMALLEST, _SMALLEST, scales)
         self._scales[rows] = scales
-        codes = torch.bucketize(blocks / scales[:, None], self._between, right=True, out_int32=True)
+        scaled = (blocks / scales[:, None]).view(-1)
+        codes = self._first.index_select(0, (scaled.view(torch.int32) >> 16).bitwise_and_(0xFFFF))
+        codes.add_(self._between.index_select(0, codes) <= scaled)
         if not self._signed:
-            codes = torch.maximum(codes, (blocks > 0).int())
-        self._codes[start:stop] = codes.view(-1)[: stop - start].to(torch.uint8)
+            codes = torch.maximum(codes, blocks.view(-1) > 0)
+        self._codes[start:stop] = codes[: stop - start].to(torch.uint8)
 
 
 @functools.cache
@@ -175,3 +177,19 @@ def dynamic_map(signed: bool) -> Tensor:
         means = (edges[1:] + edges[:-1]) / 2 * 10.0 ** (decade - 6)
         numbers += [means, -means] if signed else [means]
     return torch.cat(numbers).sort().values
+
+
+@functools.cache
+def _search_tables(signed: bool) -> tuple[Tensor, Tensor]:
+    """What finds the nearest number of `dynamic_map` in two look-ups, with the bits of a binary search.
+
+    Values with the same upper 16 bits (sign, exponent, 7 of 23 bits of the fraction) lie so close together that at most
+    one of the 255 borders between neighbouring numbers is among them. So the number that is nearest to the smallest of
+    them (int32 [65536]) is right, unless the border above it (float32 [256], the last NaN) is not above the value.
+    """
+    numbers = dynamic_map(signed)
+    borders = (numbers[1:] + numbers[:-1]) / 2
+    upper = torch.arange(1 << 16, dtype=torch.int32) << 16
+    ends = torch.stack([upper.view(torch.float32), (upper | 0xFFFF).view(torch.float32)])
+    first = torch.bucketize(ends.amin(0).nan_to_num(), borders, right=True, out_int32=True)
+    return first, torch.cat([borders, borders.new_full((1,), torch.nan)])

@@ -5,15 +5,17 @@
     context                attention over the ranks that share a sequence
     recomputation          around layers or parts of them
     compilation            per layer
-    data parallel          FSDP2 per layer, then the rest: parameters become shards over `dp`
+    ZeRO-1, 2, 3           FSDP2 per layer, then the rest: parameters become shards over `dp`
     materialise            memory for the local shards only
     initial weights        each from its name, cut to the local shard
 
-One process takes the model as it is: none of the wrappers exists.
+One process takes the model as it is: none of the wrappers exists. Whole weights on several data ranks (ZeRO-0) need
+none either: the engine sums their gradients (replicate.py).
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,14 +78,20 @@ class ParallelModel:
         return None
 
 
-def apply_data_parallel(model: Decoder, topology: Topology, compute_dtype: torch.dtype) -> None:
-    """Wrap each layer and the rest with FSDP2 over the data axes; gradients are summed in fp32, not averaged.
+def apply_sharding(
+    model: Decoder,
+    topology: Topology,
+    parallel: ParallelConfig,
+    compute_dtype: torch.dtype,
+    gradient_dtype: torch.dtype,
+) -> None:
+    """Wrap each layer and the rest with FSDP2 over the data axes; gradients are summed in `gradient_dtype`, not
+    averaged.
 
-    Parameters stay as they are (fp32 masters under mixed precision), layers compute in `compute_dtype`. ZeRO-0 is
-    sharding over one rank and replication over the others; 1 and 2 keep gathered weights until backward is over; 3
-    drops them after forward.
+    Parameters stay as they are, layers compute in `compute_dtype`. ZeRO-1 and 2 keep gathered weights until the last
+    backward of a step is over; 3 drops them after forward.
     """
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=gradient_dtype, cast_forward_inputs=False)
     kept = {parameter for parameter in model.parameters() if not parameter.requires_grad}  # in fp32, on every rank
     mesh = topology.mesh["dp_replicate", "dp_shard"]
     if topology.size("dp_replicate") == 1:
@@ -99,6 +107,22 @@ def apply_data_parallel(model: Decoder, topology: Topology, compute_dtype: torch
             # the loss is already divided by the global token count; gloo knows no scaled sums
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    if parallel.overlap_param_gather:
+        _gather_ahead(model, mesh.device_type)
+
+
+def _gather_ahead(model: Any, device_type: str) -> None:
+    """While a layer computes, the weights of the next one travel (`--overlap-param-gather`).
+
+    FSDP2 by itself starts a gather where the layer begins, on a stream of its own: an accelerator then overlaps it with
+    kernels that are still queued. Asking one layer ahead overlaps also where the host is the slower one, and on a CPU.
+    """
+    order = [[model], *([m for m in layer.modules() if isinstance(m, FSDPModule)] for layer in model.layers.values())]
+    for here, following in itertools.pairwise(order):
+        here[0].set_modules_to_forward_prefetch(following)
+        following[0].set_modules_to_backward_prefetch(here)
+    # only asynchronous collectives run beside computation on a CPU; elsewhere streams do that
+    model._set_unshard_async_op(device_type == "cpu")
 
 
 def _shard_experts(model: Decoder, topology: Topology, policy: MixedPrecisionPolicy, reshard: bool) -> None:
@@ -159,14 +183,15 @@ def build_model(
     device: torch.device,
     dtype: torch.dtype,
     seed: int | None,
+    gradient_dtype: torch.dtype = torch.float32,
 ) -> ParallelModel:
     """Build this rank's part of `model`, laid out by `parallel`, computing in `dtype`, with initial weights from
     `seed`.
 
-    Under data parallelism parameters are the fp32 masters and are cast when gathered; otherwise they are held in
-    `dtype`.
+    Whole parameters are held in `dtype`. Shards (ZeRO-1, 2, 3) are held in `gradient_dtype`, the dtype in which their
+    gradients are summed: in fp32 they are the masters, and are cast when gathered.
     """
-    data_parallel = topology.copies > 1
+    sharded = topology.copies > 1 and topology.zero_stage > 0
     context = ContextParallel(parallel, topology) if topology.size("cp") > 1 else None
     stage = topology.coordinate("pp")
     specs = stage_specs(model, parallel, stage)
@@ -175,7 +200,7 @@ def build_model(
     for spec, plan in zip(specs, recomputed, strict=True):
         with torch.device("meta"):
             chunk = Decoder(model, spec.layers, spec.first, spec.last)
-        chunk.cast(torch.float32 if data_parallel else dtype)
+        chunk.cast(gradient_dtype if sharded else dtype)
         if topology.size("tp") > 1:
             apply_tensor_parallel(chunk, topology.mesh["tp"], parallel)
         chunk.causal = parallel.cp_attention_mask_type == "causal"
@@ -185,8 +210,8 @@ def build_model(
         apply_recompute(chunk, plan, saved_inputs(parallel, topology))
         if parallel.compile:
             compile_layers(chunk)
-        if data_parallel:
-            apply_data_parallel(chunk, topology, dtype)
+        if sharded:
+            apply_sharding(chunk, topology, parallel, dtype, gradient_dtype)
         materialise(chunk, device, seed)
         chunks.append(chunk)
     pipeline = Pipeline(chunks, specs, parallel, topology, device, dtype) if topology.size("pp") > 1 else None

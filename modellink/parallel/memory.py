@@ -5,8 +5,8 @@ slack, no communication buffers, no library context. It is a lower bound that a 
 layout it refuses would not have run. Nothing is built and torch is not imported: a layout of any size costs
 microseconds. Legend: B micro-batch, S sequence, D hidden, H query heads, G KV heads, K head size, F FFN, V vocabulary.
 
-    weights      one rank per replica: in the compute dtype; sharded data parallelism: fp32 shards, and what is gathered
-    gradients    fp32 (the compute dtype of a micro-batch's own gradients lives too shortly to count)
+    weights      whole: in the compute dtype; ZeRO-1, 2, 3: shards in the dtype of gradients, and what is gathered
+    gradients    fp32, or the compute dtype with --release-fp32-grad (a micro-batch's own live too shortly to count)
     optimizer    masters of half-precision weights, moments
     activations  what autograd keeps of every micro-batch under way, and the logits with their gradient
 """
@@ -115,17 +115,20 @@ class _Layout:
         every = self.each(stage, lambda layer: layer_parameters(self.model, layer, self.tensor))
         all_experts = outer + int(every.sum())
         moments = MOMENTS[self.optimizer.optimizer]
-        if self.copies == 1:
-            master = 0 if self.item == 4 else 2 if self.optimizer.split_master else 4
-            gradients = self.item if self.optimizer.release_fp32_grad else 4
-            return self.item * held, gradients * held, (master + moments) * held
-        shard = all_experts // self.shards if self.zero else held
+        gradient = self.item if self.optimizer.release_fp32_grad else 4
+        split = 2 if self.optimizer.split_master else 4
+        if self.copies == 1 or not self.zero:
+            master = 0 if self.item == 4 else split
+            return self.item * held, gradient * held, (master + moments) * held
+        # shards are held in the dtype of gradients: fp32 ones are their own masters
+        shard, master = all_experts // self.shards, 0 if gradient == 4 else split
         gathered = held
         if self.zero == 3 and self.stages == 1:
             gathered = outer + 2 * int(layers.max())  # the layer at work and the one that is fetched ahead
         # stage 2 and 3 reduce after each micro-batch, a pipeline and the others once a step
         waits = self.micro_batches > 1 and (self.zero < 2 or self.stages > 1)
-        return 4 * shard + self.item * gathered, 4 * (held if waits else shard), moments * shard
+        weights = gradient * shard + self.item * gathered
+        return weights, gradient * (held if waits else shard), (master + moments) * shard
 
     # --- activations --------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ files, so a piece is described first (`local_region`) and cut second.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,9 +27,16 @@ def local_region(parameter: Tensor) -> tuple[tuple[int, int], ...]:
     """[start, end) along each dimension of the full tensor that this rank holds of `parameter` (everything for a plain
     one).
 
+    """
+    place = parameter.device_mesh.get_coordinate() if isinstance(parameter, DTensor) else None
+    return region_at(parameter, place or ())
+
+
+def region_at(parameter: Tensor, place: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """The same of the rank at coordinates `place` in the parameter's mesh.
+
     Mesh dimensions are walked from the innermost outwards: tensor parallelism cuts first and FSDP cuts what remains,
-    which is
-    how FSDP2 lays out a parameter that is already split.
+    which is how FSDP2 lays out a parameter that is already split.
     """
     region = [(0, size) for size in parameter.shape]
     if isinstance(parameter, DTensor):
@@ -39,7 +47,7 @@ def local_region(parameter: Tensor) -> tuple[tuple[int, int], ...]:
             if dim is None:
                 continue
             start, end = region[dim]
-            low, high = chunk_bounds(end - start, mesh.size(axis), mesh.get_local_rank(axis))
+            low, high = chunk_bounds(end - start, mesh.size(axis), place[axis])
             region[dim] = (start + low, start + high)
     return tuple(region)
 

@@ -32,6 +32,7 @@ from modellink.optim.muon import MixedPrecisionMuon
 from modellink.optim.scaler import LossScaler
 from modellink.optim.sgd import MixedPrecisionSGD
 from modellink.parallel.apply import ParallelModel
+from modellink.parallel.replicate import ReplicatedGradients
 from modellink.train.losses import IGNORED, cross_entropy_sum, token_cross_entropy
 from modellink.train.sliced_losses import SlicedLosses
 
@@ -138,6 +139,10 @@ class Engine:
         # FSDP accumulates in its reduce dtype by itself; fp32 parameters need nothing
         if not self._fsdp and config.optimizer.dtype != "float32" and not config.optimizer.release_fp32_grad:
             Float32Accumulation([p for _, p in model.named_parameters() if p.requires_grad])
+        self._replicas: ReplicatedGradients | None = None
+        if self.topology.copies > 1 and not self._fsdp:
+            overlap = config.parallel.overlap_grad_reduce
+            self._replicas = ReplicatedGradients(model.chunks, self.topology, overlap)
         tied_elsewhere = model.tied_copy is not None and not model.specs[0].first
         self._counted_elsewhere = ("embed_tokens.weight",) if tied_elsewhere else ()
 
@@ -170,6 +175,8 @@ class Engine:
         scale = self.scaler.scale if self.scaler is not None else 1.0
 
         self._weigh_experts(labels, scale)
+        if self._replicas is not None:
+            self._replicas.begin(len(tokens) // micro_batch_size)
 
         def loss_fn(logits: Tensor, target: Tensor) -> Tensor:
             return self.loss(logits, target) * (scale / divisor)
@@ -180,6 +187,8 @@ class Engine:
             )
         else:
             total = self._accumulate(batch, micro_batch_size, loss_fn)
+        if self._replicas is not None:
+            self._replicas.finish()
         return self._global_loss(total) / scale
 
     def _positions(self, labels_BS: Tensor) -> Tensor:
@@ -209,13 +218,14 @@ class Engine:
     def _accumulate(self, batch: Batch, micro_batch_size: int, loss_fn: Loss) -> Tensor:
         model = self.model.chunks[0]
         count = len(batch["tokens"]) // micro_batch_size
-        reduce_each = self.topology.zero_stage >= 2
+        stage = self.topology.zero_stage
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         for number, part in enumerate(_micro_batches(batch, micro_batch_size), start=1):
             last = number == count
             if self._fsdp:
                 model.set_is_last_backward(last)  # type: ignore[operator]
-                model.set_requires_gradient_sync(last or reduce_each)  # type: ignore[operator]
+                model.set_requires_gradient_sync(last or stage >= 2)  # type: ignore[operator]
+                model.set_reshard_after_backward(last or stage == 3)  # type: ignore[operator]
             loss = loss_fn(model(part["tokens"], **self._extra(part)), part["labels"])
             loss.backward()
             total += loss.detach()

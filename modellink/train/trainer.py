@@ -148,9 +148,12 @@ class Trainer:
                 "the vocabulary size is unknown: give --tokenizer-name-or-path, --padded-vocab-size or --vocab-size."
             )
         together(self.host_group, lambda: check_device(self.resolved))
-        dtype = getattr(torch, config.optimizer.dtype)
+        dtype, gradient_dtype = (
+            getattr(torch, config.optimizer.dtype),
+            getattr(torch, config.optimizer.gradient_dtype),
+        )
         seed = config.train.seed if self.source is None else None
-        model = build_model(config.model, config.parallel, self.topology, self.device, dtype, seed)
+        model = build_model(config.model, config.parallel, self.topology, self.device, dtype, seed, gradient_dtype)
         if self.source is not None and self.store_in is None:
             folder = self.source
 

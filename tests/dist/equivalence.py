@@ -135,7 +135,8 @@ def train_config(config: Config, micro_batch: int, packed: bool) -> dict[str, An
     """The same of a whole configuration."""
     topology = Topology(config.parallel)
     dtype = getattr(torch, config.optimizer.dtype)
-    built = build_model(config.model, config.parallel, topology, torch.device("cpu"), dtype, seed=7)
+    gradients = getattr(torch, config.optimizer.gradient_dtype)
+    built = build_model(config.model, config.parallel, topology, torch.device("cpu"), dtype, 7, gradients)
     engine = Engine(built, config)
     result: dict[str, Any] = {"losses": [], "norms": [], "gradients": [], "auxiliary": {}}
     for batch in batches(packed=packed):

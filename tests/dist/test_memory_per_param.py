@@ -1,0 +1,58 @@
+"""Bytes per parameter, measured during a step of several micro-batches, stay within the reference's table."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from spawn import run_distributed
+
+pytestmark = pytest.mark.dist
+
+# (weights and what is gathered of them, gradients, masters and moments) where only one layout explains the figure
+EXPECTED = {
+    ("fp32", 0, 1): (4, 4, 8), ("bf16", 0, 2): (2, 4, 12), ("bf16, bf16 gradients, split master", 0, 2): (2, 2, 10),
+    ("cadam", 0, 1): (2, 2, 4), ("bf16", 1, 2): (2 + 4 / 2, 4, 8 / 2), ("fp32", 2, 2): (4 + 4 / 2, 4 / 2, 8 / 2),
+    ("bf16, bf16 gradients, split master", 1, 2): (2 + 2 / 2, 2, 10 / 2),
+}  # fmt: skip
+
+
+def benchmark() -> ModuleType:
+    """benchmarks/memory_per_param.py as a module."""
+    path = Path(__file__).parents[2] / "benchmarks" / "memory_per_param.py"
+    spec = importlib.util.spec_from_file_location("memory_per_param", path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def figures(rank: int, world_size: int) -> list[list[Any]]:
+    measured = benchmark()
+    return [
+        [name, stage, measured.measure(mode, stage)]
+        for name, mode in measured.MODES.items()
+        for stage in measured.layouts(world_size)
+    ]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_bytes_per_parameter_are_within_the_table(world: int) -> None:
+    table = benchmark()
+    seen = set()
+    for rank in run_distributed(figures, world, init_group=world > 1):
+        for name, stage, found in rank:
+            seen.add((name, stage, world))
+            assert found["held"] <= table.limit(table.MODES[name], stage, world) + 5e-3, (name, stage, found)
+            # what passes is of one layer: its own gradients, and two buffers of collectives
+            assert found["of a layer"] <= 16, (name, stage, found)
+            want = EXPECTED.get((name, stage, world))
+            if want is not None:
+                weights = found["weights"] + found["gathered"]
+                have = (weights, found["gradients"], found["masters"] + found["moments"])
+                assert have == pytest.approx(want, rel=0.02), (name, stage, found)
+    assert seen >= {key for key in EXPECTED if key[2] == world}
