@@ -2,10 +2,10 @@
 
     python benchmarks/memory_per_param.py [--ranks 1 2 4 8] [--modes fp32 cadam ...] [--output FILE.md]
 
-Every figure comes from storages that are alive, not from formulas. A model of 16 thin layers (3.2 million parameters,
-hardly any vocabulary) trains two steps of three micro-batches of two tokens, so that activations hardly exist. Before
-and after every layer's forward and backward, and before and after the update, each rank walks over everything that
-belongs to a parameter and counts the bytes of the storages it finds, each once:
+Every figure comes from storages that are alive, not from formulas. A model of 8 layers (1.7 million parameters, hardly
+any vocabulary) trains two steps of three micro-batches of two tokens, so that activations hardly exist. Before every
+layer's forward, after its backward, and around the update, each rank walks over everything that belongs to a parameter
+and counts the bytes of the storages it finds, each once:
 
     weights     parameters (whole, or FSDP's shards), and the weights that FSDP has gathered
     gradients   `.grad`, `.main_grad`, FSDP's whole gradients that wait for the reduction, and reduced shards
@@ -48,7 +48,7 @@ from modellink.parallel.apply import ParallelModel, build_model
 from modellink.parallel.topology import Topology
 from modellink.train.engine import Engine
 
-LAYERS, MICRO_BATCHES, STEPS = 16, 3, 2
+LAYERS, MICRO_BATCHES, STEPS = 8, 3, 2
 MODEL: dict[str, Any] = {
     "num_layers": LAYERS, "hidden_size": 128, "num_attention_heads": 4, "ffn_hidden_size": 384, "vocab_size": 64,
     "padded_vocab_size": 64, "max_position_embeddings": 16, "normalization": "RMSNorm", "activation": "silu",
@@ -99,8 +99,6 @@ class Meter:
         for chunk in self.model.chunks:
             for layer in chunk.layers.values():
                 layer.register_forward_pre_hook(lambda *_: self.look())
-                layer.register_forward_hook(lambda *_: self.look())
-                layer.register_full_backward_pre_hook(lambda *_: self.look())
                 layer.register_full_backward_hook(lambda *_: self.look())
 
     def look(self) -> None:

@@ -115,7 +115,7 @@ def test_the_nearest_layout_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelLinkError) as caught:
         check_memory(resolved, 80 << 30, "NVIDIA A100-SXM4-80GB")
     text = str(caught.value)
-    assert "at least 137.2 GiB (weights 37.7 GiB" in text and "NVIDIA A100-SXM4-80GB has 80.0 GiB" in text
+    assert "at least 137.2 GiB (weights 12.6 GiB" in text and "NVIDIA A100-SXM4-80GB has 80.0 GiB" in text
     assert "the nearest layout that fits is --zero-stage 1 (71.3 GiB)." in text
     for memory in (60 << 30, 40 << 30, 24 << 30):
         fit = nearest_fit(resolved, memory)
