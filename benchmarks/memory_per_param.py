@@ -94,6 +94,8 @@ class Meter:
 
     def __init__(self, engine: Engine) -> None:
         self.model, self.optimizer = engine.model, engine.optimizer
+        # asked now: while FSDP has gathered a module, its parameters are the gathered ones
+        self.parameters = [parameter for _, parameter in self.model.named_parameters()]
         self.held: dict[str, int] = {}
         self.passing = 0
         for chunk in self.model.chunks:
@@ -104,11 +106,10 @@ class Meter:
     def look(self) -> None:
         """Count what is alive now."""
         seen: set[int] = set()
-        parameters = [p for _, p in self.model.named_parameters()]
-        found = {"weights": _bytes(parameters, seen)}
         sharded = list(_fsdp_parameters(self.model))
+        found = {"weights": _bytes([*self.parameters, *(p._sharded_param_data for p in sharded)], seen)}
         gathered = [t for p in sharded for t in (*p.all_gather_outputs, getattr(p, "_unsharded_param", None))]
-        found["gathered"] = _bytes([p._sharded_param_data for p in sharded] + gathered, seen)
+        found["gathered"] = _bytes(gathered, seen)
         masters, moments = self.optimizer.state_tensors()
         found["masters"], found["moments"] = _bytes(masters, seen), _bytes(moments, seen)
         passing: list[Tensor | None] = []
@@ -119,7 +120,7 @@ class Meter:
             gradient = own.grad if own is not None else None
             stays = gradient is not None and gradient.dtype == sharded_parameter.reduce_dtype
             (gradients if stays else passing).append(gradient)
-        for parameter in parameters:
+        for parameter in self.parameters:
             main = getattr(parameter, "main_grad", None)
             gradients.append(main if main is not None else parameter.grad)
             passing.append(parameter.grad if main is not None else None)

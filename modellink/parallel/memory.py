@@ -125,8 +125,8 @@ class _Layout:
         gathered = held
         if self.zero == 3 and self.stages == 1:
             gathered = outer + 2 * int(layers.max())  # the layer at work and the one that is fetched ahead
-        # stage 2 and 3 reduce after each micro-batch, a pipeline and the others once a step
-        waits = self.micro_batches > 1 and (self.zero < 2 or self.stages > 1)
+        # stage 2 and 3, and all in fp32, reduce after each micro-batch; a pipeline and the others once a step
+        waits = self.micro_batches > 1 and ((self.zero < 2 and self.item == 2) or self.stages > 1)
         weights = gradient * shard + self.item * gathered
         return weights, gradient * (held if waits else shard), (master + moments) * shard
 

@@ -219,12 +219,14 @@ class Engine:
         model = self.model.chunks[0]
         count = len(batch["tokens"]) // micro_batch_size
         stage = self.topology.zero_stage
+        # fp32 weights lie beside fp32 shards of them; whole gradients too would be more than ZeRO-1 may take
+        reduce_each = stage >= 2 or self.config.optimizer.dtype == "float32"
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         for number, part in enumerate(_micro_batches(batch, micro_batch_size), start=1):
             last = number == count
             if self._fsdp:
                 model.set_is_last_backward(last)  # type: ignore[operator]
-                model.set_requires_gradient_sync(last or stage >= 2)  # type: ignore[operator]
+                model.set_requires_gradient_sync(last or reduce_each)  # type: ignore[operator]
                 model.set_reshard_after_backward(last or stage == 3)  # type: ignore[operator]
             loss = loss_fn(model(part["tokens"], **self._extra(part)), part["labels"])
             loss.backward()

@@ -55,10 +55,12 @@ AXES: dict[str, dict[str, str]] = {
     },
     "data": {
         "zero0": "--zero-stage 0",
+        "zero0-apart": "--zero-stage 0 --no-overlap-grad-reduce",
         "zero1": "--zero-stage 1",
         "distributed-optimizer": "--use-distributed-optimizer",
         "zero2": "--zero-stage 2",
         "zero3": "--zero-stage 3",
+        "zero3-ahead": "--zero-stage 3 --overlap-param-gather",
         "hsdp": "--zero-stage 3 --data-parallel-replicas 2",
     },
     "recomputation": {
