@@ -203,6 +203,24 @@ def test_eight_bits_are_the_nearest_of_the_map() -> None:
                 assert (read[start : start + 256] > 0).all()
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_eight_bit_codes_are_those_of_a_binary_search(signed: bool):
+    """On both sides of every border, on the numbers themselves, and on values of every size."""
+    numbers = dynamic_map(signed)
+    borders = (numbers[1:] + numbers[:-1]) / 2
+    beside = [torch.nextafter(borders, borders + sign) for sign in (1, -1)]
+    drawn = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0)) * 10.0 ** -torch.arange(16).repeat(1 << 12)
+    values = torch.cat([numbers, borders, *beside, drawn]).clamp(-0.999 if signed else 0, 1)
+    values = torch.nn.functional.pad(values, (0, -values.numel() % 255)).view(-1, 255)
+    blocks = torch.cat([values, torch.ones(len(values), 1)], 1)  # a largest value of 1 is a scale of 1
+    state = BlockState(torch.zeros(blocks.shape), signed)
+    state.write(0, blocks.numel(), blocks.view(-1))
+    codes = torch.bucketize(blocks, borders, right=True)
+    if not signed:
+        codes = torch.maximum(codes, (blocks > 0).long())
+    torch.testing.assert_close(state.read(0, blocks.numel()).view(blocks.shape), numbers[codes], rtol=0, atol=0)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 @pytest.mark.parametrize("signed", [True, False])
 def test_eight_bits_are_those_of_torchao(signed: bool) -> None:
