@@ -163,7 +163,7 @@ def _bytes(tensors: Iterable[Tensor | None], seen: set[int]) -> int:
     return total
 
 
-def measure(mode: Mode, zero_stage: int) -> dict[str, float]:
+def measure(mode: Mode, zero_stage: int, steps: int = STEPS, micro_batches: int = MICRO_BATCHES) -> dict[str, float]:
     """Bytes per parameter on this rank of the running group, by kind, their sum "held" and what passes, per layer."""
     config = Config(
         model=ModelConfig(**MODEL).resolve(),
@@ -176,8 +176,8 @@ def measure(mode: Mode, zero_stage: int) -> dict[str, float]:
     engine = Engine(model, config)
     count, layer = _numel(model.chunks[0]), _numel(next(iter(model.chunks[0].layers.values())))
     meter = Meter(engine)
-    tokens = torch.randint(0, 64, (MICRO_BATCHES, 2), generator=torch.Generator().manual_seed(topology.rank))
-    for _ in range(STEPS):
+    tokens = torch.randint(0, 64, (micro_batches, 2), generator=torch.Generator().manual_seed(topology.rank))
+    for _ in range(steps):
         engine.forward_backward({"tokens": tokens, "labels": tokens}, 1)
         engine.reduce_gradients()
         meter.look()

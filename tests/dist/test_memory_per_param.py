@@ -20,6 +20,9 @@ EXPECTED = {
     ("bf16, bf16 gradients, split master", 1, 2): (2 + 2 / 2, 2, 10 / 2),
 }  # fmt: skip
 
+# the others differ from these by their states, which stages 1, 2 and 3 shard alike
+THROUGHOUT = ("fp32", "bf16", "bf16, bf16 gradients, split master")
+
 
 def benchmark() -> ModuleType:
     """benchmarks/memory_per_param.py as a module."""
@@ -34,9 +37,10 @@ def benchmark() -> ModuleType:
 def figures(rank: int, world_size: int) -> list[list[Any]]:
     measured = benchmark()
     return [
-        [name, stage, measured.measure(mode, stage)]
+        [name, stage, measured.measure(mode, stage, steps=1, micro_batches=2)]
         for name, mode in measured.MODES.items()
         for stage in measured.layouts(world_size)
+        if stage < 2 or name in THROUGHOUT
     ]
 
 
@@ -44,7 +48,7 @@ def figures(rank: int, world_size: int) -> list[list[Any]]:
 def test_bytes_per_parameter_are_within_the_table(world: int) -> None:
     table = benchmark()
     seen = set()
-    for rank in run_distributed(figures, world, init_group=world > 1):
+    for rank in run_distributed(figures, world, init_group=world > 1, timeout=300):
         for name, stage, found in rank:
             seen.add((name, stage, world))
             assert found["held"] <= table.limit(table.MODES[name], stage, world) + 5e-3, (name, stage, found)
