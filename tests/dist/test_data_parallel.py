@@ -79,6 +79,6 @@ def test_bfloat16_gradients_are_no_further_from_float32_than_in_one_process(per_
 
 
 def test_sums_begin_in_the_last_backward_pass_or_after_it(per_rank: list[dict[str, Any]]) -> None:
-    everything = 4 + 2  # layers, what follows them, the embedding
+    everything = 4 + 3  # layers, output matrix, norm before it, embedding
     for rank in per_rank:
         assert rank["started"] == [[0, everything, everything], [0, 0, everything]]
