@@ -118,7 +118,7 @@ class Meter:
         for sharded_parameter in sharded:
             own = getattr(sharded_parameter, "_unsharded_param", None)
             gradient = own.grad if own is not None else None
-            stays = gradient is not None and gradient.dtype == sharded_parameter.reduce_dtype
+            stays = gradient is not None and sharded_parameter.reduce_dtype in (None, gradient.dtype)
             (gradients if stays else passing).append(gradient)
         for parameter in self.parameters:
             main = getattr(parameter, "main_grad", None)
