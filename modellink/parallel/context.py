@@ -179,6 +179,12 @@ class ContextParallel:
 def _finish(works: list[Any]) -> None:
     for work in works:
         work.wait()
+    works.clear()  # a work holds its tensor
+
+
+def _add_(sums: list[Tensor], parts_BsGK: list[Tensor]) -> None:
+    for total, part in zip(sums, parts_BsGK, strict=True):
+        total += part.transpose(1, 2)
 
 
 def _by_position(x_BGsK: Tensor) -> Tensor:
@@ -251,17 +257,21 @@ class _RingAttention(torch.autograd.Function):
             if context.overlap and not last:
                 coming, works = context.exchange(here)
             keys, values = (x.transpose(1, 2) for x in here)
-            # of the keys that are here: this rank's own stay at home, those of others go on when what the ranks before
-            # have found, which arrives meanwhile, is added
-            sums = [torch.zeros_like(x, dtype=sum_dtype(tiles, x.dtype)) for x in (keys, values)]
+            # of the keys that are here: this rank's own stay at home, those of others go on with what the ranks before
+            # have found, which is added to where it is or, with overlap, arrives meanwhile
+            dtype = sum_dtype(tiles, k.dtype)
+            if behind and not context.overlap:
+                _finish(returning)
+                sums = [x.transpose(1, 2).to(dtype) for x in behind]
+            else:
+                sums = [torch.zeros_like(x, dtype=dtype) for x in (keys, values)]
             backward_tiles(grad, (q, out, lse), keys, values, ctx.rule, tiles, (dq, sums[0], sums[1]))
+            if behind and context.overlap:
+                _finish(returning)
+                _add_(sums, behind)
             if step == 0:
                 home = sums
-            else:
-                _finish(returning)
-                for total, part in zip(sums, behind, strict=False):  # nothing is behind the first of them
-                    total += part.transpose(1, 2)
-                # in the dtype of the keys, as their gradient is in the end
+            else:  # in the dtype of the keys, as their gradient is in the end
                 behind, returning = context.exchange([_by_position(x.to(k.dtype)) for x in sums])
             if not last:
                 if not context.overlap:
@@ -269,7 +279,8 @@ class _RingAttention(torch.autograd.Function):
                 _finish(works)
                 here = coming
         _finish(returning)
-        dk, dv = ((total + part.transpose(1, 2)).to(k.dtype) for total, part in zip(home, behind, strict=True))
+        _add_(home, behind)
+        dk, dv = (x.to(k.dtype) for x in home)
         return dq.to(q.dtype), dk, dv, _sinks_gradient(grad, out, lse, sinks_H), None, None, None
 
 

@@ -11,6 +11,7 @@ is not seen.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -50,22 +51,30 @@ _SENT: dict[str, Callable[[Sequence[Any]], float]] = {
 }
 
 
+_SETTLE_S = 0.005  # a thread of gloo lets go of its tensors a moment after the wait for them is over
+
+
 class Meter(TorchDispatchMode):
     """Counts while it is entered. Tensors made before count only where `held` names them."""
 
     def __init__(self, held: Sequence[Tensor] = ()) -> None:
         super().__init__()
+        self._communicated = False
         self._live: dict[StorageWeakRef, int] = {}
         self.peak = 0  # most bytes alive at once, at the end of an operation
         self.sent: Counter[str] = Counter()  # bytes that left this rank, by the name of the collective
         self._note(held)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        communicates = func.namespace == "c10d"
+        if self._communicated and not communicates:
+            time.sleep(_SETTLE_S)
+        self._communicated = communicates
         results = func(*args, **(kwargs or {}))
-        name = func._overloadpacket.__name__
-        if func.namespace == "c10d" and name in _SENT:
-            self.sent[name] += round(_SENT[name](args))
-        elif func.namespace != "c10d":
+        if communicates:
+            name = func._overloadpacket.__name__
+            self.sent[name] += round(_SENT[name](args)) if name in _SENT else 0
+        else:
             self._note(results)
         return results
 
