@@ -98,6 +98,7 @@ class Meter:
         self.parameters = [parameter for _, parameter in self.model.named_parameters()]
         self.held: dict[str, int] = {}
         self.passing = 0
+        self.accumulating: set[int] = set()  # FSDP's parameters whose whole gradient waits for the reduction
         for chunk in self.model.chunks:
             for layer in chunk.layers.values():
                 layer.register_forward_pre_hook(lambda *_: self.look())
@@ -114,12 +115,16 @@ class Meter:
         found["masters"], found["moments"] = _bytes(masters, seen), _bytes(moments, seen)
         passing: list[Tensor | None] = []
         gradients: list[Tensor | None] = [p.unsharded_accumulated_grad for p in sharded]
-        # a whole gradient stays where autograd put it only if it is accumulated there
-        for sharded_parameter in sharded:
-            own = getattr(sharded_parameter, "_unsharded_param", None)
-            gradient = own.grad if own is not None else None
-            stays = gradient is not None and sharded_parameter.reduce_dtype in (None, gradient.dtype)
-            (gradients if stays else passing).append(gradient)
+        for group in _fsdp_groups(self.model):
+            for sharded_parameter in group.fsdp_params:
+                own = getattr(sharded_parameter, "_unsharded_param", None)
+                gradient = own.grad if own is not None else None
+                # autograd's own whole gradient is the accumulator where no other dtype is wanted, until it is reduced
+                if gradient is None:
+                    self.accumulating.discard(id(sharded_parameter))
+                elif not group.reduce_grads and sharded_parameter.reduce_dtype in (None, gradient.dtype):
+                    self.accumulating.add(id(sharded_parameter))
+                (gradients if id(sharded_parameter) in self.accumulating else passing).append(gradient)
         for parameter in self.parameters:
             main = getattr(parameter, "main_grad", None)
             gradients.append(main if main is not None else parameter.grad)
