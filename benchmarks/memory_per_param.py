@@ -3,7 +3,7 @@
     python benchmarks/memory_per_param.py [--ranks 1 2 4 8] [--modes fp32 cadam ...] [--output FILE.md]
 
 Every figure comes from storages that are alive, not from formulas. A model of 8 layers (1.7 million parameters, hardly
-any vocabulary) trains two steps of three micro-batches of two tokens, so that activations hardly exist. Before every
+any vocabulary) trains two steps of two micro-batches of two tokens, so that activations hardly exist. Before every
 layer's forward, after its backward, and around the update, each rank walks over everything that belongs to a parameter
 and counts the bytes of the storages it finds, each once:
 
@@ -48,7 +48,7 @@ from modellink.parallel.apply import ParallelModel, build_model
 from modellink.parallel.topology import Topology
 from modellink.train.engine import Engine
 
-LAYERS, MICRO_BATCHES, STEPS = 8, 3, 2
+LAYERS, MICRO_BATCHES, STEPS = 8, 2, 2
 MODEL: dict[str, Any] = {
     "num_layers": LAYERS, "hidden_size": 128, "num_attention_heads": 4, "ffn_hidden_size": 384, "vocab_size": 64,
     "padded_vocab_size": 64, "max_position_embeddings": 16, "normalization": "RMSNorm", "activation": "silu",
@@ -181,7 +181,7 @@ def measure(mode: Mode, zero_stage: int, steps: int = STEPS, micro_batches: int 
     engine = Engine(model, config)
     count, layer = _numel(model.chunks[0]), _numel(next(iter(model.chunks[0].layers.values())))
     meter = Meter(engine)
-    tokens = torch.randint(0, 64, (micro_batches, 2), generator=torch.Generator().manual_seed(topology.rank))
+    tokens = torch.randint(0, 64, (MICRO_BATCHES, 2), generator=torch.Generator().manual_seed(topology.rank))
     for _ in range(steps):
         engine.forward_backward({"tokens": tokens, "labels": tokens}, 1)
         engine.reduce_gradients()

@@ -37,7 +37,7 @@ def benchmark() -> ModuleType:
 def figures(rank: int, world_size: int) -> list[list[Any]]:
     measured = benchmark()
     return [
-        [name, stage, measured.measure(mode, stage, steps=1, micro_batches=2)]
+        [name, stage, measured.measure(mode, stage, steps=1)]
         for name, mode in measured.MODES.items()
         for stage in measured.layouts(world_size)
         if stage < 2 or name in THROUGHOUT
