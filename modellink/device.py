@@ -238,6 +238,11 @@ def empty_cache() -> None:
         _module().empty_cache()
 
 
+def host_buffer(elements: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return uninitialised host memory that the device can copy from and to while it computes (pinned)."""
+    return torch.empty(elements, dtype=dtype, device="cpu", pin_memory=is_accelerated())
+
+
 # -------------------------------------------------------------------------------------------------------------- streams
 
 

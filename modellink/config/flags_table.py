@@ -171,6 +171,12 @@ def _policy_layers(value: int, look: Callable[[str], Any]) -> int | None:
     return layers
 
 
+def _remote(value: str, look: Callable[[str], Any]) -> bool:
+    if value not in ("cpu", "none", "None"):
+        raise ModelLinkError(f"--remote-device {value} is refused: optimizer states live on the device or with cpu.")
+    return value == "cpu"
+
+
 # (flag, fields it sets, help, options). Options: late=True wins over native flags; needs=FLAG has no effect without it.
 ALIASES: dict[str, list[tuple[Any, ...]]] = {
     "run": [
@@ -253,6 +259,7 @@ ALIASES: dict[str, list[tuple[Any, ...]]] = {
             },
             "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
         ),
+        ("--remote-device:str", {"optimizer.cpu_optimizer": _remote}, "cpu: --cpu-optimizer; none: nothing"),
         (
             "--checkpoint-policy:str",
             {
@@ -464,11 +471,6 @@ REFUSED: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
         (
             f"this pipeline schedule is {NOT_BUILT}; use --num-layers-per-virtual-pipeline-stage",
             "--optimized-pipeline --fold-mode:str --foldx-mode:str",
-            ("none", "None"),
-        ),
-        (
-            f"keeping optimizer state in host memory is {NOT_BUILT}; use --zero-stage 3",
-            "--cpu-optimizer --remote-device:str",
             ("none", "None"),
         ),
         (

@@ -372,6 +372,9 @@ class OptimizerConfig:
         False,
         help="store the fp32 master as the bf16 weight plus a 16-bit remainder: same bits, 4 bytes less a parameter",
     )
+    cpu_optimizer: bool = option(
+        False, help="keep masters and moments in host memory and update there; gradients and weights travel each step"
+    )
     fp32_grad_accumulation: bool = option(False, help="accumulate and reduce gradients in fp32 (always so with bf16)")
     release_fp32_grad: bool = option(
         False, help="accumulate gradients in the compute dtype after all: 2 bytes less a parameter, and less exact sums"

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -49,9 +50,9 @@ def set_gradient(param: nn.Parameter, grad: Tensor) -> None:
 
 
 def like_parameter(param: Tensor, local: Tensor) -> Tensor:
-    """Wrap `local`, shaped as the local shard of `param`, with the mesh and placements of `param`; any dtype."""
+    """Wrap `local`, shaped as the local shard of `param`, with the mesh and placements of `param`; any dtype, and any
+    device: `DTensor.from_local` would move it to that of the mesh."""
     if not isinstance(param, DTensor):
         return local
-    return DTensor.from_local(
-        local, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
-    )
+    meta = TensorMeta(param.shape, param.stride(), local.dtype)
+    return DTensor(local, DTensorSpec(param.device_mesh, param.placements, tensor_meta=meta), requires_grad=False)

@@ -11,14 +11,16 @@ master modes use the same pieces and so give the same bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, Required, TypedDict
+from typing import Any, Literal, NamedTuple, Protocol, Required, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from modellink.errors import ModelLinkError
+from modellink.optim.host import Arrival, Beside, HostLink, Link
 from modellink.optim.local import gradient_of, like_parameter, local_tensor, main_gradient_of, shard_count
 from modellink.optim.rounding import merge_float32, split_float32_
 from modellink.optim.states import State, StateForm, master_dtype
@@ -79,6 +81,15 @@ class _Bucket:
     numel: int = 0
 
 
+class _Work(NamedTuple):
+    """The pieces of a bucket that have gradients, with these and the weights on their way to the update."""
+
+    bucket: _Bucket
+    pieces: list[_Piece]
+    gradients: Arrival
+    weights: Arrival
+
+
 def is_bias_or_vector(name: str, param: Tensor) -> bool:
     """Megatron's rule for what is not decayed: biases and 1-dimensional parameters (spec e.2)."""
     return param.ndim <= 1 or name.endswith("bias")  # experts stack theirs: up_proj_bias [E, F]
@@ -92,6 +103,7 @@ class OptimizerOptions(TypedDict, total=False):
     no_decay: Callable[[str, Tensor], bool]
     decoupled: Callable[[str], bool] | None
     bucket_elements: int | None
+    on_host: bool
 
 
 class MixedPrecisionOptimizer:
@@ -103,6 +115,7 @@ class MixedPrecisionOptimizer:
     one without a gradient at a step is left alone. `param_groups` has keys `names`, `lr`, `weight_decay`,
     `weight_decay_multiplier` (0 for names that `no_decay` selects) and `decoupled_lr` (true for names that `decoupled`
     selects); schedules set `lr` and `weight_decay`. `rule_for` may give some parameters another rule than `rule`.
+    `on_host` keeps masters and states in host memory and updates there (modellink/optim/host.py).
 
     Raises ModelLinkError when a parameter's dtype does not fit `master`, or a shard is not contiguous.
     """
@@ -119,8 +132,10 @@ class MixedPrecisionOptimizer:
         decoupled: Callable[[str], bool] | None = None,
         bucket_elements: int | None = None,
         rule_for: Callable[[str, Tensor], UpdateRule] | None = None,
+        on_host: bool = False,
     ) -> None:
         self.step_count = 0
+        self.link: Link = HostLink() if on_host else Beside()
         self._params: dict[str, nn.Parameter] = {}
         for name, param in named_params:
             if name in self._params:
@@ -131,7 +146,7 @@ class MixedPrecisionOptimizer:
         self.param_groups = self._make_groups(lr, weight_decay, no_decay, decoupled)
         self._rules = {name: rule_for(name, p) if rule_for is not None else rule for name, p in self._params.items()}
         self._states: dict[str, dict[str, State]] = {
-            name: {key: form(param) for key, form in self._rules[name].states.items()}
+            name: {key: form(self.link.like(param)) for key, form in self._rules[name].states.items()}
             for name, param in self._params.items()
         }
         self._buckets = self._make_buckets(bucket_elements)
@@ -170,7 +185,8 @@ class MixedPrecisionOptimizer:
             for name in group["names"]:
                 shard, mode, rule = local_tensor(self._params[name]), self._modes[name], self._rules[name]
                 key = (index, mode, shard.dtype, shard.device, id(rule))
-                limit = bucket_elements or (_CPU_BUCKET if shard.device.type == "cpu" else _DEVICE_BUCKET)
+                home = local_tensor(self.link.like(self._params[name])).device
+                limit = bucket_elements or (_CPU_BUCKET if home.type == "cpu" else _DEVICE_BUCKET)
                 for piece in self._pieces(name, limit):
                     size, least = piece.stop - piece.start, 0
                     if rule.whole_shards:
@@ -199,7 +215,7 @@ class MixedPrecisionOptimizer:
         state = {}
         for name, param in self._params.items():
             if mode == self._modes[name]:
-                shard = local_tensor(param)
+                shard = local_tensor(self.link.like(param))
                 dtype = torch.int16 if mode == "split" else master_dtype(shard)
                 state[name] = like_parameter(param, torch.zeros(shard.shape, dtype=dtype, device=shard.device))
         return state
@@ -213,17 +229,16 @@ class MixedPrecisionOptimizer:
         as clipping does; others are converted bucket by bucket. `main_grad` is preferred over `grad`.
         """
         self.step_count += 1
-        for bucket in self._buckets:
-            pieces = [piece for piece in bucket.pieces if gradient_of(self._params[piece.name]) is not None]
-            if not pieces:
-                continue
-            flat, masters = self._read_masters(bucket.mode, pieces)
+        if isinstance(grad_scale, Tensor):
+            (grad_scale,) = self.link.fetch([grad_scale])()
+        for bucket, pieces, gradients, weights in self._arriving():
+            flat, masters = self._read_masters(bucket.mode, pieces, weights)
             group = self.param_groups[bucket.group]
             kept = [[(self._states[p.name][key], p.start, p.stop) for p in pieces] for key in bucket.rule.states]
             states = [[state.read(start, stop) for state, start, stop in row] for row in kept]
             bucket.rule(
                 masters,
-                self._scaled_gradients(pieces, masters[0].dtype, grad_scale),
+                _scaled(gradients(), masters[0].dtype, grad_scale),
                 states,
                 [self._params[piece.name] for piece in pieces],
                 step=self.step_count,
@@ -234,30 +249,41 @@ class MixedPrecisionOptimizer:
                 for (state, start, stop), value in zip(row, values, strict=True):
                     state.write(start, stop, value)
             self._write_weights(bucket.mode, pieces, flat, masters)
+        self.link.finish()
 
-    def _scaled_gradients(self, pieces: list[_Piece], dtype: torch.dtype, scale: Tensor | float) -> list[Tensor]:
-        grads = []
-        for piece in pieces:
-            grad = gradient_of(self._params[piece.name])
-            assert grad is not None
-            grads.append(piece.of(grad))
-        unscaled = not isinstance(scale, Tensor) and scale == 1.0
-        if all(grad.dtype == dtype for grad in grads):
-            if not unscaled:
-                torch._foreach_mul_(grads, scale)
-            return grads
-        flat = torch.cat(grads).to(dtype)
-        if not unscaled:
-            flat.mul_(scale)
-        return list(flat.split([grad.numel() for grad in grads]))
+    def _arriving(self) -> Iterator[_Work]:
+        """What there is to update, each bucket once the ones that travel ahead of it have set out."""
+        travelling: deque[_Work] = deque()
+        for bucket in self._buckets:
+            pairs = [(piece, gradient_of(self._params[piece.name])) for piece in bucket.pieces]
+            pieces = [piece for piece, gradient in pairs if gradient is not None]
+            if not pieces:
+                continue
+            gradients = self.link.fetch([piece.of(gradient) for piece, gradient in pairs if gradient is not None])
+            travelling.append(_Work(bucket, pieces, gradients, self._fetch_weights(bucket.mode, pieces)))
+            if len(travelling) > self.link.ahead:
+                yield travelling.popleft()
+        yield from travelling
 
-    def _read_masters(self, mode: MasterMode, pieces: list[_Piece]) -> tuple[Tensor | None, list[Tensor]]:
+    def _fetch_weights(self, mode: MasterMode, pieces: list[_Piece]) -> Arrival:
+        """Weights that are masters or halves of them; separate masters are where the update is."""
+        if mode == "separate":
+            return lambda: []
+        return self.link.fetch(self._weights(pieces))
+
+    def _weights(self, pieces: list[_Piece]) -> list[Tensor]:
+        return [piece.of(self._params[piece.name]) for piece in pieces]
+
+    def _read_masters(
+        self, mode: MasterMode, pieces: list[_Piece], weights: Arrival
+    ) -> tuple[Tensor | None, list[Tensor]]:
         """The master pieces; with the split form also the temporary flat tensor that they are views of."""
-        if mode != "split":
-            source = self._masters if mode == "separate" else self._params
-            return None, [piece.of(source[piece.name]) for piece in pieces]
+        if mode == "separate":
+            return None, [piece.of(self._masters[piece.name]) for piece in pieces]
+        if mode == "none":
+            return None, weights()
         flat = merge_float32(
-            torch.cat([piece.of(self._params[piece.name]) for piece in pieces]),
+            torch.cat(weights()),
             torch.cat([piece.of(self._remainders[piece.name]) for piece in pieces]),
         )
         return flat, list(flat.split([piece.stop - piece.start for piece in pieces]))
@@ -266,15 +292,15 @@ class MixedPrecisionOptimizer:
         self, mode: MasterMode, pieces: list[_Piece], flat: Tensor | None, masters: list[Tensor]
     ) -> None:
         """Round updated masters into the low-precision weights (and remainders)."""
-        if mode == "none":
+        if mode == "none" and not self.link.ahead:
             return
-        weights = [piece.of(self._params[piece.name]) for piece in pieces]
+        weights = self._weights(pieces)
         if weights[0].dtype != torch.bfloat16:
-            torch._foreach_copy_(weights, masters)
+            self.link.send(weights, masters)
             return
         weight, remainder = split_float32_(torch.cat(masters) if flat is None else flat)
         sizes = [piece.numel() for piece in weights]
-        torch._foreach_copy_(weights, list(weight.split(sizes)))
+        self.link.send(weights, list(weight.split(sizes)))
         if mode == "split":
             remainders = [piece.of(self._remainders[piece.name]) for piece in pieces]
             torch._foreach_copy_(remainders, list(remainder.split(sizes)))
@@ -320,7 +346,8 @@ class MixedPrecisionOptimizer:
         for name, param in self._params.items():
             if self._modes[name] == "split":
                 shard = local_tensor(param)
-                flat = merge_float32(shard.view(-1), local_tensor(self._remainders[name]).view(-1))
+                remainder = local_tensor(self._remainders[name]).view(-1)
+                flat = merge_float32(shard.view(-1).to(remainder.device), remainder)
                 masters[name] = like_parameter(param, flat.view(shard.shape))
             else:
                 masters[name] = self._masters[name] if name in self._masters else param.detach()
@@ -338,13 +365,14 @@ class MixedPrecisionOptimizer:
                 _copy(name, self._masters[name], value)
         for bucket in self._buckets:
             if bucket.mode == "separate":
-                _, pieces = self._read_masters(bucket.mode, bucket.pieces)
+                pieces = [piece.of(self._masters[piece.name]) for piece in bucket.pieces]
                 self._write_weights(bucket.mode, bucket.pieces, None, pieces)
             elif bucket.mode == "split":
                 for piece in bucket.pieces:
                     _check_shape(piece.name, self._params[piece.name], masters[piece.name])
                 pieces = [piece.of(masters[piece.name]) for piece in bucket.pieces]
                 self._write_weights(bucket.mode, bucket.pieces, torch.cat(pieces).float(), [])
+        self.link.finish()
 
     @torch.no_grad()
     def reload_masters_from_params(self) -> None:
@@ -375,6 +403,19 @@ class MixedPrecisionOptimizer:
         """Measured bytes per local parameter that the optimizer itself holds: masters (or remainders) and moments."""
         measured = self.bytes_per_parameter()
         return measured["masters"] + measured["moments"]
+
+
+def _scaled(grads: list[Tensor], dtype: torch.dtype, scale: Tensor | float) -> list[Tensor]:
+    """The gradients in `dtype` times `scale`; changed in place where the dtype is right."""
+    unscaled = not isinstance(scale, Tensor) and scale == 1.0
+    if all(grad.dtype == dtype for grad in grads):
+        if not unscaled:
+            torch._foreach_mul_(grads, scale)
+        return grads
+    flat = torch.cat(grads).to(dtype)
+    if not unscaled:
+        flat.mul_(scale)
+    return list(flat.split([grad.numel() for grad in grads]))
 
 
 def _storage_bytes(tensors: list[Tensor]) -> int:

@@ -84,11 +84,12 @@ class MuonRule:
         aheads = []
         for grad, momentum, param in zip(grads, momenta, params, strict=True):
             momentum.lerp_(grad, 1 - self.momentum)
-            aheads.append(momentum.lerp(grad, 1 - self.momentum).to(self.dtype).view(local_tensor(param).shape))
+            ahead = momentum.lerp(grad, 1 - self.momentum).to(self.dtype).view(local_tensor(param).shape)
+            aheads.append(ahead.to(param.device))  # products belong there, also where states live in host memory
         updates = self._orthogonal(aheads, params)
         for weight, update, param in zip(weights, updates, params, strict=True):
             scale = self.scale * math.sqrt(max(param.shape[-2:]))
-            weight.mul_(1 - lr * weight_decay).sub_(update.reshape(-1).to(weight.dtype), alpha=lr * scale)
+            weight.mul_(1 - lr * weight_decay).sub_(update.reshape(-1).to(weight), alpha=lr * scale)
 
     def _orthogonal(self, shards: list[Tensor], params: list[Tensor]) -> list[Tensor]:
         """This rank's parts of the orthogonalised matrices of which `shards` are its parts."""

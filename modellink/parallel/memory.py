@@ -114,9 +114,10 @@ class _Layout:
         # experts that lie apart are sharded over fewer ranks: their share is that of all experts over all ranks
         every = self.each(stage, lambda layer: layer_parameters(self.model, layer, self.tensor))
         all_experts = outer + int(every.sum())
-        moments = MOMENTS[self.optimizer.optimizer]
+        moments, split = MOMENTS[self.optimizer.optimizer], 2 if self.optimizer.split_master else 4
+        if self.optimizer.cpu_optimizer:
+            moments = split = 0
         gradient = self.item if self.optimizer.release_fp32_grad else 4
-        split = 2 if self.optimizer.split_master else 4
         if self.copies == 1 or not self.zero:
             master = 0 if self.item == 4 else split
             return self.item * held, gradient * held, (master + moments) * held

@@ -85,6 +85,7 @@ def build_optimizer(model: ParallelModel, config: OptimizerConfig) -> MixedPreci
         "weight_decay": config.weight_decay,
         "master": "split" if config.split_master else "separate",
         "decoupled": decoupled,
+        "on_host": config.cpu_optimizer,
     }
     named = model.named_parameters()
     if config.optimizer == "sgd":
