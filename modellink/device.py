@@ -305,6 +305,12 @@ def use_stream(stream: Any) -> contextlib.AbstractContextManager[Any]:
     return _module().stream(stream) if is_accelerated() else contextlib.nullcontext(stream)
 
 
+def keep_for(tensor: torch.Tensor, stream: Any) -> None:
+    """Let the memory of `tensor` be used again only after the work that `stream` has now (no effect on CPU)."""
+    if is_accelerated():
+        tensor.record_stream(stream)
+
+
 def new_event(timing: bool = False) -> Any:
     """Return a new event with `record`, `wait`, `synchronize`, `query` and, with `timing`, `elapsed_time` (ms)."""
     return _module().Event(enable_timing=timing) if is_accelerated() else HostEvent()

@@ -394,7 +394,6 @@ ACCEPTED: dict[str, list[tuple[str, str]]] = {
             "--profile-with-cpu "
             "--profile-with-stack --profile-with-memory --profile-record-shapes --profile-save-path:str",
         ),
-        ("it only tunes --swap-attention, which is not built yet", "--swap-modules:str"),
         ("it only tunes --enable-high-availability, which is not built yet", "--enable-optimizer-state-local-copy"),
         ("it only tunes --optimized-pipeline, which is not built yet", "--manual-mbs:str"),
         ("it only tunes --auto-recompute-device-size, which is not built yet", "--auto-recompute-profiling-step:int"),
@@ -455,11 +454,6 @@ REFUSED: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
             ("",),
         ),
         (f"pairwise data are {NOT_BUILT}; use --stage sft with instruction data", "--is-pairwise-dataset", ()),
-        (
-            f"moving activations to host memory is {NOT_BUILT}; use --recompute-granularity full",
-            "--swap-attention",
-            (),
-        ),
         (
             f"automatic recomputation is {NOT_BUILT}; use --recompute-granularity",
             "--auto-recompute-device-size:int",

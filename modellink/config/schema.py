@@ -297,6 +297,13 @@ class ParallelConfig:
     recompute_num_layers: int | None = option(
         None, help="layers per group (uniform) or recomputed layers per stage (block)"
     )
+    swap_attention: bool = option(
+        False, help="move what the modules of --swap-modules save for backward to host memory, and fetch it in time"
+    )
+    swap_modules: str = option(
+        "input_layernorm,self_attention,post_attention_layernorm",
+        help="modules of a layer, comma separated: also mlp, attention_output_norm, mlp_output_norm",
+    )
     output_layer_slice_num: int = option(
         1, help="slices in which output matrix and loss are computed, so that logits of one slice exist at a time"
     )

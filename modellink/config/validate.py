@@ -15,6 +15,7 @@ from modellink.config.experts import check_experts
 from modellink.config.flags import by_name, flag_of, spell
 from modellink.config.recompute import check_recompute
 from modellink.config.resolved import ResolvedConfig
+from modellink.config.swap import check_swap
 from modellink.errors import ModelLinkError
 
 POSITIVE = (
@@ -227,6 +228,7 @@ def _layout(resolved: ResolvedConfig) -> None:
         raise ModelLinkError(f"--zero-stage 0 contradicts {sharded}, which is stage 1: leave one out.")
     _overlap(resolved)
     check_recompute(resolved)
+    check_swap(resolved)
     assert model.num_layers
 
 

@@ -4,6 +4,7 @@
     tensor / sequence      parameters become DTensors over `tp`
     context                attention over the ranks that share a sequence
     recomputation          around layers or parts of them
+    swapping               hooks on the modules whose saved tensors go to host memory
     compilation            per layer
     ZeRO-1, 2, 3           FSDP2 per layer, then the rest: parameters become shards over `dp`
     materialise            memory for the local shards only
@@ -30,6 +31,7 @@ from modellink.models.init import initial_value
 from modellink.models.moe import Experts, MoE
 from modellink.parallel.context import ContextParallel, apply_context_parallel
 from modellink.parallel.expert import apply_expert_parallel
+from modellink.parallel.offload import apply_swap
 from modellink.parallel.pipeline import Pipeline, StageSpec, stage_specs
 from modellink.parallel.recompute import SharedInputs, apply_recompute
 from modellink.parallel.recompute_plan import recompute_plan
@@ -208,6 +210,7 @@ def build_model(
         if context is not None:
             apply_context_parallel(chunk, context)
         apply_recompute(chunk, plan, saved_inputs(parallel, topology))
+        apply_swap(chunk, parallel)
         if parallel.compile:
             compile_layers(chunk)
         if sharded:

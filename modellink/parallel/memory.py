@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from modellink.config.flags import spell
 from modellink.config.resolved import ResolvedConfig
+from modellink.config.swap import swapped_modules
 from modellink.config.validate import layout_problem
 from modellink.errors import ModelLinkError
 from modellink.models.count import layer_parameters, outer_parameters
@@ -80,6 +81,11 @@ class _Layout:
         assert self.model.num_layers
         self.chunk = self.parallel.layers_per_virtual_stage or self.model.num_layers // self.stages
         self.chunks = 1 if self.parallel.layers_per_stage else self.model.num_layers // (self.stages * self.chunk)
+
+        modules = ["input_layernorm", "self_attn", "post_attention_layernorm", "mlp"]
+        modules += ["attention_output_norm", "mlp_output_norm"] * self.model.sandwich_norm
+        swapped = swapped_modules(self.parallel.swap_modules) if self.parallel.swap_attention else []
+        self.held_modules = [name for name in modules if name not in swapped]  # those whose activations stay
 
     def layers_of(self, stage: int) -> int:
         return self.parallel.layers_per_stage[stage] if self.parallel.layers_per_stage else self.chunk * self.chunks
@@ -139,13 +145,14 @@ class _Layout:
         return self.rows * self.length * width // (self.tensor if self.parallel.sequence_parallel else 1)
 
     def layer_activations(self, layer: int) -> int:
-        """Bytes that `layer` keeps for one micro-batch without recomputation."""
+        """Bytes that `layer` keeps on the device for one micro-batch without recomputation."""
         model, item = self.model, self.item
         tokens, tensor = self.rows * self.length, self.tensor
         between = tensor if self.parallel.sequence_parallel else 1
         query, key_value = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
         inside = self._norm_keeps() * model.hidden_size
-        norms = (4 if model.sandwich_norm else 2) * inside // between + 2 * item * model.hidden_size
+        stays = [name for name in self.held_modules if name in ("self_attn", "mlp")]
+        norms = (len(self.held_modules) - len(stays)) * inside // between + len(stays) * item * model.hidden_size
         if model.multi_head_latent_attention:  # query and key, value and output; the latents are small
             heads = item * 2 * (query + model.num_attention_heads * model.v_head_dim)
         else:
@@ -156,6 +163,10 @@ class _Layout:
             routed = 2 * item * model.router_topk * model.hidden_size  # a copy for every choice, in and out
         mlp = item * width * (4 if model.gated_mlp else 2)
         dropout = 2 * model.hidden_size // between if model.hidden_dropout else 0
+        if "self_attn" not in stays:
+            heads = 0
+        if "mlp" not in stays:
+            mlp = routed = 0
         per_token = norms + (heads + mlp) // tensor + routed + dropout
         return tokens * per_token + self._scores()
 
@@ -168,7 +179,7 @@ class _Layout:
     def _scores(self) -> int:
         """Bytes of attention scores where a soft cap or sinks keep them (capped, softmax, cast); kernels keep none."""
         fused = self.model.attention_logit_softcap is None and not self.model.attention_sinks
-        if fused or self.parallel.recompute_granularity == "selective":
+        if fused or self.parallel.recompute_granularity == "selective" or "self_attn" not in self.held_modules:
             return 0
         context = self.parallel.context_parallel
         if context > 1 and self.parallel.context_parallel_algo in ("megatron_cp_algo", "hybrid_cp_algo"):

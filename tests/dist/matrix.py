@@ -68,7 +68,12 @@ AXES: dict[str, dict[str, str]] = {
         "uniform": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 2",
         "block": "--recompute-granularity full --recompute-method block --recompute-num-layers 1",
     },
+    "swap": {
+        "swap": "--swap-attention",
+        "swap-all": "--swap-attention --swap-modules input_norm,self_attention,post_attention_norm,mlp",
+    },
     "output": {"slices": "--output-layer-slice-num 3"},
+    "states": {"on-host": "--cpu-optimizer"},
     "optimizer": {
         "sgd": "--optimizer sgd",
         "cadam": "--optimizer cadam --lr 2e-4 --weight-decay 0.5",

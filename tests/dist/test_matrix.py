@@ -121,7 +121,7 @@ def missing_features(config: type, section: str, wanted: Iterable[str] | None = 
     return missing
 
 
-NUMERIC_OPTIONS = ("optimizer", "bf16", "fp16", "split_master", "release_fp32_grad", "decoupled_lr")
+NUMERIC_OPTIONS = ("optimizer", "bf16", "fp16", "split_master", "release_fp32_grad", "decoupled_lr", "cpu_optimizer")
 
 
 def test_every_option_of_a_layout_is_a_feature_of_the_table() -> None:

@@ -156,7 +156,6 @@ def test_bad_command_lines(argv: list[str], words: list[str]) -> None:
     "argv",
     [
         ["--lora-target-modules", "dense"],
-        ["--swap-attention"],
         ["--enable-high-availability"],
         ["--fp8-format", "hybrid"],
         ["--profile"],

@@ -35,7 +35,6 @@ MISSPELT = "--use-rotary-position-embedding"
 LATER = {
     "--lora-load": "adapters are not built yet",
     "--lora-target-modules": "adapters are not built yet",
-    "--swap-attention": "moving activations to host memory is not built yet",
     "--stage": "preference training is not built yet",
     "--is-pairwise-dataset": "preference training is not built yet",
 }

@@ -113,7 +113,7 @@ def test_yaml_any_spelling_any_grouping_and_flags_win(tmp_path: Path) -> None:
         ("modle: {num_layers: 2}\n", ["run.yaml", "section 'modle'", "'model'"]),
         ("lr: fast\n", ["run.yaml: lr", "'fast'"]),
         ("bf16: 1\n", ["run.yaml: bf16", "true or false"]),
-        ("swap_attention: true\n", ["run.yaml: swap_attention is refused"]),
+        ("profile: true\n", ["run.yaml: profile is refused"]),
         ("- a\n", ["must be a mapping"]),
         ("a: [\n", ["is not valid YAML"]),
     ],
