@@ -52,7 +52,7 @@ class _Copy:
     def __init__(self, swap: Swap, storage: torch.UntypedStorage, place: torch.device) -> None:
         self.swap, self.place = swap, place
         self.original = StorageWeakRef(storage)  # while it lives, no other storage has its identity
-        whole = torch.empty(0, dtype=torch.uint8, device=place).set_(storage)  # type: ignore[call-overload]
+        whole = torch.empty(0, dtype=torch.uint8, device=place).set_(storage)
         self.host = device.host_buffer(whole.numel(), torch.uint8)
         self.moved, self.arrived = device.new_event(), device.new_event()
         self.here: Tensor | None = None
@@ -102,7 +102,7 @@ class _Saved:
 
     def restore(self) -> Tensor:
         local = torch.empty(0, dtype=self.dtype, device=self.copy.place)
-        local.set_(self.copy.storage(), *self.geometry)  # type: ignore[call-overload]
+        local.set_(self.copy.storage(), *self.geometry)
         return local if self.like is None else like_parameter(self.like, local)
 
 
