@@ -1,4 +1,4 @@
-"""Which modules of a layer `--swap-modules` means, as the reference spells them and as we do; what swapping excludes."""
+"""Which modules of a layer `--swap-modules` means, in the reference's spelling and ours; what swapping excludes."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def check_swap(resolved: ResolvedConfig) -> None:
     kind, some = parallel.recompute_granularity, parallel.recompute_method == "block"
     if kind == "operators" or (kind == "full" and not some and not parallel.recompute_layers_per_stage):
         raise ModelLinkError(
-            f"--swap-attention has nothing to swap where {spell('parallel.recompute_granularity', kind)} recomputes every "
-            "layer: leave one out, or recompute some layers with --recompute-method block --recompute-num-layers N."
+            f"--swap-attention has nothing to swap where {spell('parallel.recompute_granularity', kind)} recomputes "
+            "every layer: leave one out, or recompute some with --recompute-method block --recompute-num-layers N."
         )
     if parallel.auto_recompute_device_size > 0:
         raise ModelLinkError(

@@ -27,13 +27,11 @@ def slices(count: int) -> dict[str, int]:
 # (model, layout, rows of a micro-batch, optimizer); 16 positions, 8 on a rank with SP
 CASES: list[Case] = [
     ("llama", SP | SWAP, 2, HOST),
-    ("tied", SP | slices(3), 2, HOST),
     ("gemma2", SP | SWAP_ALL | slices(8), 2, {}),
     ("deepseek", SP | SWAP_ALL | {"recompute_granularity": "selective"}, 2, {}),
     ("tied", {"tensor_parallel": 2} | slices(5), 2, {}),
     ("tied", PP | SWAP_ALL | slices(3), 2, HOST | MUON),
     ("deepseek", PP | SWAP | {"layers_per_virtual_stage": 1} | slices(16), 2, {}),
-    ("gemma2", PP | SWAP_ALL | BLOCK | slices(2), 1, {}),
     ("llama", {"zero_stage": 1} | SWAP_ALL | BLOCK | slices(4), 2, HOST),
     ("gemma2", {"zero_stage": 3} | SWAP_ALL | slices(7), 2, {}),
     ("moe", {"zero_stage": 3, "expert_parallel": 2} | SWAP_ALL, 2, HOST | MUON),
@@ -89,4 +87,5 @@ def test_slices_of_one_process_differ_in_the_last_bits_only() -> None:
     for count in (2, 3, 16, 40):
         errors = compare([train("tied", slices(count), 2)], whole)
         assert max(errors["loss"], errors["evaluation"], errors["norm"]) <= 1e-6, (count, errors)
-        assert errors["gradient"] <= 2e-6, (count, errors)
+        # through four layers and three steps; the gradients of the loss alone: tests/unit/test_sliced_losses.py
+        assert errors["gradient"] <= TOLERANCE, (count, errors)

@@ -22,6 +22,7 @@ from modellink.optim.adamw import MixedPrecisionAdamW
 from modellink.parallel.apply import ParallelModel, build_model
 from modellink.parallel.offload import apply_swap
 from modellink.parallel.recompute import apply_recompute
+from modellink.parallel.recompute_plan import recompute_plan
 from modellink.parallel.topology import Topology
 from modellink.train.engine import Engine
 from modellink.train.losses import token_cross_entropy
@@ -37,7 +38,7 @@ FIELDS: dict[str, Any] = {
     "num_layers": 4, "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4, "ffn_hidden_size": 1024,
     "vocab_size": 32000, "padded_vocab_size": 32000, "max_position_embeddings": 2048, "normalization": "RMSNorm",
     "activation": "silu", "gated_mlp": True, "mlp_bias": False, "qkv_bias": False, "attention_output_bias": False,
-    "position_embedding": "rope", "attention_dropout": 0.0, "hidden_dropout": 0.0,
+    "position_embedding": "rope", "tie_word_embeddings": False, "attention_dropout": 0.0, "hidden_dropout": 0.0,
 }  # fmt: skip
 
 
@@ -50,7 +51,7 @@ def decoder(place: torch.device, dtype: torch.dtype, parallel: ParallelConfig | 
     torch.manual_seed(0)
     model = Decoder(model_config(**fields)).cast(dtype)
     if parallel is not None:
-        apply_recompute(model, parallel)
+        apply_recompute(model, *recompute_plan(parallel, [range(len(model.layers))], 0, len(model.layers)))
         apply_swap(model, parallel)
     return model.to(place)
 

@@ -18,6 +18,7 @@ from modellink.models.decoder import Decoder
 from modellink.parallel.memory import estimate_memory
 from modellink.parallel.offload import Swap, apply_swap
 from modellink.parallel.recompute import apply_recompute
+from modellink.parallel.recompute_plan import recompute_plan
 
 LAYERS, HIDDEN, ROWS, LENGTH, VOCABULARY = 3, 32, 2, 64, 48
 EVERYTHING = "input_norm,self_attention,post_attention_norm,mlp"
@@ -35,7 +36,7 @@ def decoder(swap: str | None, recompute: dict[str, Any] | None = None, **fields:
     parallel = ParallelConfig(**(recompute or {}))
     if swap is not None:
         parallel.swap_attention, parallel.swap_modules = True, swap
-    apply_recompute(model, parallel)
+    apply_recompute(model, *recompute_plan(parallel, [range(len(model.layers))], 0, len(model.layers)))
     return model, apply_swap(model, parallel)
 
 
@@ -104,6 +105,8 @@ MODELS: dict[str, dict[str, Any]] = {
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "nothing": {},
     "selective": {"recompute_granularity": "selective"},
+    "activations": {"recompute_activation_function": True},
+    "modules": {"recompute_granularity": "selective", "recompute_modules": ["layernorm", "mlp"]},
     "block": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
 }
 
@@ -186,6 +189,7 @@ COMMON = "--model tiny-llama --seq-length 64 --micro-batch-size 1 --train-iters 
         (["--swap-modules", "self_atention"], ["'self_atention'", "self_attention", "mlp"]),
         (["--swap-modules", ""], ["--swap-modules", "input_layernorm"]),
         (["--recompute-granularity", "full"], ["--swap-attention", "--recompute-method block"]),
+        (["--recompute-granularity", "operators"], ["--swap-attention", "operators"]),
         (["--compile"], ["--swap-attention", "--compile"]),
     ],
 )
