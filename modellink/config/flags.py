@@ -283,6 +283,7 @@ def _help_text(flag: Flag) -> str:
     return "; ".join(parts).replace("%", "%%")
 
 
+@functools.cache
 def build_parser(program: str) -> argparse.ArgumentParser:
     """argparse for `program`, generated from the table: options grouped by section; abbreviations in `preprocess`
     only.

@@ -12,7 +12,7 @@ import functools
 import io
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from equivalence import MODELS, ROWS, SEQUENCE
 
@@ -67,6 +67,16 @@ AXES: dict[str, dict[str, str]] = {
         "selective": "--recompute-activations",
         "uniform": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 2",
         "block": "--recompute-granularity full --recompute-method block --recompute-num-layers 1",
+        "block-per-rank": "--recompute-granularity full --recompute-method block --recompute-num-layers 1 "
+        "--enable-recompute-layers-per-pp-rank",
+        "block-per-stage": "--recompute-granularity full --recomputation-layer-num 0,1",
+        "modules": "--recompute-granularity selective --recompute-modules core_attn layernorm mla_up_proj mlp moe_act",
+        "operators": "--recompute-granularity operators",
+        "by-layer": "--recompute-layers 0-1:layer 2:core_attn+mlp_act+moe 3:mla_up_proj",
+        "activation": "--recompute-activation-function",
+        "block-activation": "--recompute-granularity full --recompute-method block --recompute-num-layers 1 "
+        "--recompute-activation-function --recompute-activation-function-num-layers 1",
+        "shared-inputs": "--recompute-granularity full --distribute-saved-activations",
     },
     "swap": {
         "swap": "--swap-attention",
@@ -94,6 +104,8 @@ COMPANIONS = (("data", "zero1"), ("model", "moe"), ("tensor", "tp"), ("pipeline"
 # Options of a layout that are no feature of it, or that one process of its own proves: field -> where.
 ELSEWHERE = {
     "parallel.distributed_timeout_minutes": "says when to give up, not what to compute",
+    "parallel.auto_recompute_device_size": "tests/dist/test_recompute.py: chooses among the features of recomputation",
+    "parallel.auto_recompute_profiling_step": "says how long to measure before that choice",
     "parallel.compile": "tests/dist/test_compile.py: compiling takes minutes",
 }
 
@@ -156,10 +168,10 @@ def exists(row: Row, ranks: int = MANY) -> bool:
 
 
 def supported(features: Iterable[Feature], ranks: int = MANY) -> Row | None:
-    """The smallest row with these features that exists: as they are, or with up to two companions."""
+    """The smallest row with these features that exists: as they are, or with up to three companions."""
     features = row_of(features)
     free = [each for each in COMPANIONS if each[0] not in dict(features)]
-    for count in range(3):
+    for count in range(4):
         for more in itertools.combinations(free, count):
             if len({axis for axis, _ in more}) == count and exists(row_of((*features, *more)), ranks):
                 return row_of((*features, *more))
@@ -173,17 +185,16 @@ def pairs_of(row: Row) -> Iterator[tuple[Feature, Feature]]:
             yield pair
 
 
-def _extended(row: Row, wanted: set[tuple[Feature, Feature]], ranks: int) -> Row:
-    """`row` with a value of every other axis that proves more wanted pairs, while that exists."""
+def _grown(row: Row, gain: Callable[[Row], int], ranks: int) -> Row:
+    """`row` with a value of every other axis that adds to `gain`, while that exists."""
     for axis, values in AXES.items():
         if axis in dict(row) or axis == "precision":
             continue
-        best, gain = row, sum(pair in wanted for pair in pairs_of(row))
+        best = row
         for value in values:
             longer = row_of((*row, (axis, value)))
-            found = sum(pair in wanted for pair in pairs_of(longer))
-            if found > gain and exists(longer, ranks):
-                best, gain = longer, found
+            if gain(longer) > gain(best) and exists(longer, ranks):
+                best = longer
         row = best
     return row
 
@@ -208,41 +219,48 @@ def refused() -> dict[tuple[Feature, Feature], str]:
     return found
 
 
-@functools.cache
-def covering(ranks: int = MANY) -> tuple[Row, ...]:
-    """Rows of up to `ranks` processes in which every pair of features that these can have occurs at least once."""
+def covering() -> list[Row]:
+    """Rows in which every pair of features that exists occurs at least once."""
     wanted = {pair for pair in itertools.combinations(ALL, 2) if pair[0][0] != pair[1][0]}
     rows = []
     for pair in sorted(wanted, key=lambda pair: tuple(ALL.index(feature) for feature in pair)):
-        if pair not in wanted:
-            continue
-        row = supported(pair, ranks)
-        if row is None:
-            wanted.discard(pair)
-            continue
-        row = _extended(row, wanted, ranks)
-        wanted -= set(pairs_of(row))
-        rows.append(row)
-    return tuple(rows)
+        row = supported(pair) if pair in wanted else None
+        if row is not None:
+            row = _grown(row, lambda row: sum(pair in wanted for pair in pairs_of(row)), MANY)
+            wanted -= set(pairs_of(row))
+            rows.append(row)
+    return rows
 
 
-def mixtures(at_least: int = 3) -> list[Row]:
+def mixtures(at_least: int = 1) -> list[Row]:
     """A few rows of few processes: every pair of axes occurs in one of them, and every feature in `at_least`."""
 
     def axes(row: Row) -> set[tuple[str, str]]:
         return {(one[0], other[0]) for one, other in pairs_of(row)}
 
-    rows, chosen = list(covering(FEW)), []
-    missing_axes = set().union(*(axes(row) for row in rows))
-    missing = {feature: min(at_least, sum(feature in row for row in rows)) for feature in ALL}
-    while missing_axes or any(missing.values()):
-        best = max(rows, key=lambda row: len(axes(row) & missing_axes) + sum(missing[f] > 0 for f in row))
-        rows.remove(best)
-        chosen.append(best)
-        missing_axes -= axes(best)
-        for feature in best:
-            missing[feature] = max(0, missing[feature] - 1)
-    return chosen
+    missing_axes = set(itertools.combinations(AXES, 2))
+    missing = dict.fromkeys(ALL, at_least)
+    seen: set[tuple[Feature, Feature]] = set()
+
+    def gain(row: Row) -> int:
+        new = sum(pair not in seen for pair in pairs_of(row))
+        return 100 * (len(axes(row) & missing_axes) + sum(missing[feature] for feature in row)) + new
+
+    rows: list[Row] = []
+    for one, other in [(feature, None) for feature in ALL] + list(itertools.combinations(ALL, 2)):
+        while missing[one] if other is None else (one[0], other[0]) in missing_axes:
+            # a row that was there already proves nothing new: another value beside the feature must
+            seeds = [(one, beside) for beside in ALL if beside[0] != one[0]] if other is None else [(one, other)]
+            grown = (_grown(row, gain, FEW) for row in (supported(seed, FEW) for seed in seeds) if row is not None)
+            row = next((row for row in grown if row not in rows), None)
+            if row is None:
+                break
+            rows.append(row)
+            missing_axes -= axes(row)
+            seen |= set(pairs_of(row))
+            for feature in row:
+                missing[feature] = max(0, missing[feature] - 1)
+    return rows
 
 
 def options_of(feature: Feature) -> dict[str, object]:
