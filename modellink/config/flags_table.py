@@ -177,6 +177,12 @@ def _remote(value: str, look: Callable[[str], Any]) -> bool:
     return value == "cpu"
 
 
+def _fold(value: str, look: Callable[[str], Any]) -> str | None:
+    if value.lower() not in ("aiao", "fifo", "none"):
+        raise ModelLinkError(f"--fold-mode {value} is unknown: give aiao or fifo; --pipeline-schedule has more.")
+    return {"aiao": "aiao", "fifo": "interleaved"}.get(value.lower())
+
+
 # (flag, fields it sets, help, options). Options: late=True wins over native flags; needs=FLAG has no effect without it.
 ALIASES: dict[str, list[tuple[Any, ...]]] = {
     "run": [
@@ -227,6 +233,14 @@ ALIASES: dict[str, list[tuple[Any, ...]]] = {
             "--dim-model-base:float",
             {"model.hidden_divisor": _hidden_over},
             "divide the last hidden state by hidden size / this",
+        ),
+        *(
+            (
+                f"{flag}:str",
+                {"parallel.pipeline_schedule": _fold},
+                "aiao: --pipeline-schedule aiao; fifo: interleaved; none: no effect",
+            )
+            for flag in ("--fold-mode", "--foldx-mode")
         ),
         (
             "--scale-depth:float",
@@ -395,7 +409,6 @@ ACCEPTED: dict[str, list[tuple[str, str]]] = {
             "--profile-with-stack --profile-with-memory --profile-record-shapes --profile-save-path:str",
         ),
         ("it only tunes --enable-high-availability, which is not built yet", "--enable-optimizer-state-local-copy"),
-        ("it only tunes --optimized-pipeline, which is not built yet", "--manual-mbs:str"),
         ("it only tunes --auto-recompute-device-size, which is not built yet", "--auto-recompute-profiling-step:int"),
         ("--num-layer-list alone decides", "--use-manual-layer-allocation"),
         ("ZeRO is built in: --zero-stage and --use-distributed-optimizer decide", "--deepspeed"),
@@ -462,11 +475,6 @@ REFUSED: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
         (f"high availability is {NOT_BUILT}; use --save-interval and restart", "--enable-high-availability", ()),
         (f"the profiler is {NOT_BUILT}; use PyTorch's own around the program", "--profile", ()),
         (f"8-bit floating point is {NOT_BUILT}; use --bf16", "--fp8-format:str --fp8-hybrid --fp8-e4m3", ()),
-        (
-            f"this pipeline schedule is {NOT_BUILT}; use --num-layers-per-virtual-pipeline-stage",
-            "--optimized-pipeline --fold-mode:str --foldx-mode:str",
-            ("none", "None"),
-        ),
         (
             "a DeepSpeed file is not read: give --zero-stage, --bf16, --clip-grad and the batch sizes as flags",
             "--deepspeed_config:str --deepspeed-config:str",

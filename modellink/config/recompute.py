@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from modellink.config.flags import flag_of, spell
+from modellink.config.pipeline import stage_layers, stages_of
 from modellink.config.resolved import ResolvedConfig
 from modellink.errors import ModelLinkError
 from modellink.parallel.recompute_plan import MODULES, check_parts, parse_layers
@@ -65,8 +66,10 @@ def _counts(resolved: ResolvedConfig) -> None:
         if parallel.recompute_granularity != "full":
             raise ModelLinkError(f"{flag} counts whole layers: use it with {spell_full()} or alone.")
         stages = parallel.pipeline_parallel
-        most = parallel.layers_per_stage or [(model.num_layers or 0) // stages] * stages
-        if len(listed) != stages or any(not 0 <= n <= held for n, held in zip(listed, most, strict=True)):
+        layers = model.num_layers or 0
+        held = stage_layers(layers, parallel)
+        most = [sum(len(held[at]) for at in stages_of(rank, layers, parallel)) for rank in range(stages)]
+        if len(listed) != stages or any(not 0 <= n <= limit for n, limit in zip(listed, most, strict=False)):
             raise ModelLinkError(
                 f"{flag} {' '.join(map(str, listed))} must name one number for each of {stages} stage(s), from 0 to "
                 f"the layers there ({' '.join(map(str, most))})."

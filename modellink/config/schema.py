@@ -259,6 +259,15 @@ class ParallelConfig:
     async_tensor_parallel: bool = option(
         False, help="with sequence parallelism: gathers and scatters travel in pieces while others are multiplied"
     )
+    pipeline_schedule: str | None = option(
+        None,
+        choices=("gpipe", "1f1b", "interleaved", "aiao", "zero_bubble", "zbv", "dualpipev"),
+        help="order of forward and backward passes in a pipeline; default: 1f1b, interleaved with chunks",
+    )
+    optimized_pipeline: bool = option(False, help="1f1b with the micro-batch sizes of --manual-mbs")
+    manual_mbs: str | None = option(
+        None, help="rows of each micro-batch: comma separated, example-config-1 or example-config-2"
+    )
     layers_per_virtual_stage: int | None = option(None, help="layers of one model chunk: interleaved pipeline")
     layers_per_stage: list[int] | None = option(None, help="uneven pipeline: layers of each stage, comma separated")
     distributed_optimizer: bool = option(
@@ -332,6 +341,11 @@ class ParallelConfig:
         10, help="steps that are measured, with everything recomputed, before it is chosen; at least 5"
     )
     compile: bool = option(False, help="torch.compile each layer")
+
+    @property
+    def schedule(self) -> str:
+        """The pipeline schedule, also where none was named."""
+        return self.pipeline_schedule or ("interleaved" if self.layers_per_virtual_stage else "1f1b")
 
 
 @dataclass

@@ -13,6 +13,7 @@ from pathlib import Path
 from modellink.config.architecture import SIZES
 from modellink.config.experts import check_experts
 from modellink.config.flags import by_name, flag_of, spell
+from modellink.config.pipeline import check_micro_batches, check_schedule, chunks_per_rank
 from modellink.config.recompute import check_recompute
 from modellink.config.resolved import ResolvedConfig
 from modellink.config.swap import check_swap
@@ -321,22 +322,25 @@ def _stages(resolved: ResolvedConfig) -> None:
     layers, parallel = resolved.config.model.num_layers, resolved.config.parallel
     pipeline, chunk, uneven = parallel.pipeline_parallel, parallel.layers_per_virtual_stage, parallel.layers_per_stage
     assert layers
+    check_schedule(resolved)
     stage_flag, chunk_flag = flag_of("parallel.layers_per_stage"), flag_of("parallel.layers_per_virtual_stage")
     if uneven is not None:
         listed = ",".join(map(str, uneven))
         if chunk is not None:
             raise ModelLinkError(f"{stage_flag} and {chunk_flag} exclude each other: leave one out.")
-        if len(uneven) != pipeline or sum(uneven) != layers or min(uneven) < 1:
+        total = pipeline * chunks_per_rank(layers, parallel)
+        if len(uneven) != total or sum(uneven) != layers or min(uneven) < 1:
             raise ModelLinkError(
                 f"{stage_flag} {listed} has {len(uneven)} stage(s) with {sum(uneven)} layers, but there are "
                 f"{_given(resolved, 'parallel.pipeline_parallel')} and {_given(resolved, 'model.num_layers')}: "
-                "list one positive number per stage that add up to the layers."
+                f"list {total} positive numbers that add up to the layers, one per stage."
             )
         return
-    if layers % pipeline:
+    count = pipeline * (chunks_per_rank(layers, parallel) if chunk is None else 1)
+    if layers % count:
         raise ModelLinkError(
-            f"{layers} layers do not split over {_given(resolved, 'parallel.pipeline_parallel')}: choose a size that "
-            f"divides {layers}, "
+            f"{layers} layers do not split over the {count} stages of "
+            f"{_given(resolved, 'parallel.pipeline_parallel')}: choose a size that divides {layers}, "
             f"or give uneven stages with {stage_flag}."
         )
     if chunk is None:
@@ -351,7 +355,7 @@ def _stages(resolved: ResolvedConfig) -> None:
 
 
 def _batches(resolved: ResolvedConfig) -> None:
-    train, parallel = resolved.config.train, resolved.config.parallel
+    train = resolved.config.train
     if train.micro_batch_size and train.global_batch_size:
         at_once = train.micro_batch_size * resolved.data_parallel
         if train.global_batch_size % at_once:
@@ -360,13 +364,7 @@ def _batches(resolved: ResolvedConfig) -> None:
                 f"{_given(resolved, 'train.micro_batch_size')} x "
                 f"{resolved.data_parallel} data-parallel ranks: use a multiple of {at_once}."
             )
-        micro_batches = train.global_batch_size // at_once
-        if parallel.layers_per_virtual_stage and micro_batches % parallel.pipeline_parallel:
-            raise ModelLinkError(
-                f"an interleaved pipeline needs a multiple of {parallel.pipeline_parallel} micro-batches per step, "
-                f"not {micro_batches}: "
-                f"use a {flag_of('train.global_batch_size')} divisible by {at_once * parallel.pipeline_parallel}."
-            )
+        check_micro_batches(resolved, train.global_batch_size)
         if train.rampup_batch_size is not None:
             _rampup(resolved, train.rampup_batch_size, train.global_batch_size, at_once)
     if train.train_iters and train.train_samples:
@@ -386,6 +384,8 @@ def _rampup(resolved: ResolvedConfig, rampup: list[int], target: int, at_once: i
         raise ModelLinkError(
             f"{shown}: the first size and the increment must be multiples of {at_once} (micro batch x data parallel)."
         )
+    for size in range(start, target, increment):
+        check_micro_batches(resolved, size)
     if resolved.config.train.train_samples is None:
         raise ModelLinkError(
             "--rampup-batch-size needs the length of the run in samples: give --train-samples, not --train-iters."

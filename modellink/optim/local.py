@@ -49,6 +49,13 @@ def set_gradient(param: nn.Parameter, grad: Tensor) -> None:
         param.grad = grad
 
 
+def drop_gradient(param: Tensor) -> None:
+    """Forget `param.grad` and `param.main_grad`."""
+    param.grad = None
+    if main_gradient_of(param) is not None:
+        param.main_grad = None  # type: ignore[attr-defined]
+
+
 def like_parameter(param: Tensor, local: Tensor) -> Tensor:
     """Wrap `local`, shaped as the local shard of `param`, with the mesh and placements of `param`; any dtype, and any
     device: `DTensor.from_local` would move it to that of the mesh."""

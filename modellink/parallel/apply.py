@@ -29,6 +29,7 @@ from modellink.config.schema import ModelConfig, ParallelConfig
 from modellink.models.decoder import Decoder
 from modellink.models.init import initial_value
 from modellink.models.moe import Experts, MoE
+from modellink.optim.local import local_tensor
 from modellink.parallel.context import ContextParallel, apply_context_parallel
 from modellink.parallel.expert import apply_expert_parallel
 from modellink.parallel.offload import apply_swap
@@ -52,11 +53,17 @@ class ParallelModel:
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """(canonical name, parameter) of everything this rank holds; a tied pair that lives here counts once."""
+        follower = self.tied_pair[1] if self.tied_pair is not None else None
         return [
             (chunk.canonical_name(name), parameter)
             for chunk in self.chunks
             for name, parameter in chunk.named_parameters()
+            if parameter is not follower
         ]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Everything that gets a gradient or none, both halves of a tied pair too."""
+        return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
 
     def fsdp_modules(self) -> list[FSDPModule]:
         """Every module that FSDP manages."""
@@ -69,15 +76,33 @@ class ParallelModel:
 
     @property
     def tied_copy(self) -> Tensor | None:
-        """The embedding matrix where first and last stage each hold a copy of it, else None."""
+        """The embedding matrix where first and last stage each hold a copy of it on ranks of their own, else None."""
         config = self.chunks[0].config
-        if not config.tie_word_embeddings or self.topology.size("pp") == 1:
+        if not config.tie_word_embeddings or self.topology.size("pp") == 1 or self.tied_pair is not None:
             return None
         if self.specs[0].first:
             return self.chunks[0].embed_tokens.weight
         if self.specs[-1].last:
             return self.chunks[-1].lm_head.weight
         return None
+
+    @property
+    def tied_pair(self) -> tuple[Tensor, Tensor] | None:
+        """The embedding and its copy as output matrix, where a V-shaped pipeline has both on this rank, else None.
+
+        Each belongs to the sharding of its own chunk. The optimizer knows the first; the second follows it.
+        """
+        apart = len(self.chunks) > 1 and self.specs[0].first and self.specs[-1].last
+        if not apart or not self.chunks[0].config.tie_word_embeddings:
+            return None
+        return self.chunks[0].embed_tokens.weight, self.chunks[-1].lm_head.weight
+
+    @torch.no_grad()
+    def follow_ties(self) -> None:
+        """Bring the copy of a tied pair up to date, whatever moved the original."""
+        if self.tied_pair is not None:
+            original, follower = self.tied_pair
+            local_tensor(follower).copy_(local_tensor(original))
 
 
 def apply_sharding(

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from modellink.config.flags import spell
+from modellink.config.pipeline import LOOPED, live_micro_batches, micro_batch_sizes, stage_layers, stages_of
 from modellink.config.resolved import ResolvedConfig
 from modellink.config.swap import swapped_modules
 from modellink.config.validate import layout_problem
@@ -79,24 +80,26 @@ class _Layout:
         batch = config.train.global_batch_size or self.rows * self.data
         self.micro_batches = max(1, batch // (self.rows * self.data))
         assert self.model.num_layers
-        self.chunk = self.parallel.layers_per_virtual_stage or self.model.num_layers // self.stages
-        self.chunks = 1 if self.parallel.layers_per_stage else self.model.num_layers // (self.stages * self.chunk)
+        self.layers = stage_layers(self.model.num_layers, self.parallel)
+        self.sizes = micro_batch_sizes(self.parallel)
 
         modules = ["input_layernorm", "self_attn", "post_attention_layernorm", "mlp"]
         modules += ["attention_output_norm", "mlp_output_norm"] * self.model.sandwich_norm
         swapped = swapped_modules(self.parallel.swap_modules) if self.parallel.swap_attention else []
         self.held_modules = [name for name in modules if name not in swapped]  # those whose activations stay
 
-    def layers_of(self, stage: int) -> int:
-        return self.parallel.layers_per_stage[stage] if self.parallel.layers_per_stage else self.chunk * self.chunks
+    def held(self, stage: int) -> list[int]:
+        """The chunks that pipeline rank `stage` holds: one, those of an interleaved pipeline, or both arms of a V."""
+        assert self.model.num_layers
+        return stages_of(stage, self.model.num_layers, self.parallel)
+
+    def ends(self, stage: int) -> tuple[bool, bool]:
+        """Whether the embedding and the output matrix lie on `stage`."""
+        return 0 in self.held(stage), len(self.layers) - 1 in self.held(stage)
 
     def layers_at(self, stage: int) -> npt.NDArray[np.int64]:
-        """Indices of the layers of `stage`: neighbours, or its chunks of an interleaved pipeline."""
-        if self.parallel.layers_per_stage:
-            start = sum(self.parallel.layers_per_stage[:stage])
-            return np.arange(start, start + self.layers_of(stage))
-        starts = (np.arange(self.chunks) * self.stages + stage) * self.chunk
-        return (starts[:, None] + np.arange(self.chunk)).ravel()
+        """Indices of the layers of `stage`."""
+        return np.concatenate([np.arange(self.layers[s].start, self.layers[s].stop) for s in self.held(stage)])
 
     def each(self, stage: int, of: Callable[[int], int]) -> npt.NDArray[np.int64]:
         """`of` every layer of `stage`. Layers are of two kinds, so a model of any depth costs two calls."""
@@ -114,7 +117,11 @@ class _Layout:
 
     def states(self, stage: int) -> tuple[int, int, int]:
         """(weights, gradients, optimizer) in bytes."""
-        outer = outer_parameters(self.model, self.tensor, stage == 0, stage == self.stages - 1)
+        first, last = self.ends(stage)
+        outer = outer_parameters(self.model, self.tensor, first, last)
+        # a V has both ends of a tied pair on one rank: a copy that the optimizer does not know
+        follower = self.model.tie_word_embeddings and first and last and self.stages > 1
+        copy = (self.model.padded_vocab_size or 0) * self.model.hidden_size // self.tensor if follower else 0
         layers = self.each(stage, lambda layer: layer_parameters(self.model, layer, self.tensor, self.experts))
         held = outer + int(layers.sum())
         # experts that lie apart are sharded over fewer ranks: their share is that of all experts over all ranks
@@ -126,16 +133,16 @@ class _Layout:
         gradient = self.item if self.optimizer.release_fp32_grad else 4
         if self.copies == 1 or not self.zero:
             master = 0 if self.item == 4 else split
-            return self.item * held, gradient * held, (master + moments) * held
+            return self.item * (held + copy), gradient * (held + copy), (master + moments) * held
         # shards are held in the dtype of gradients: fp32 ones are their own masters
         shard, master = all_experts // self.shards, 0 if gradient == 4 else split
-        gathered = held
+        gathered, copied = held, copy // self.shards
         if self.zero == 3 and self.stages == 1:
             gathered = outer + 2 * int(layers.max())  # the layer at work and the one that is fetched ahead
         # stage 2 and 3, and all in fp32, reduce after each micro-batch; a pipeline and the others once a step
         waits = self.micro_batches > 1 and ((self.zero < 2 and self.item == 2) or self.stages > 1)
-        weights = gradient * shard + self.item * gathered
-        return weights, gradient * (held if waits else shard), (master + moments) * shard
+        weights = gradient * (shard + copied) + self.item * (gathered + copy)
+        return weights, gradient * (held + copy if waits else shard + copied), (master + moments) * shard
 
     # --- activations --------------------------------------------------------------------------------------------------
 
@@ -202,18 +209,20 @@ class _Layout:
             each = math.ceil(len(whole) / size) * least
             at_work = int(np.add.reduceat(whole, np.arange(0, len(whole), size)).max())
         kept = int(each * self._under_way(stage)) + at_work
-        if stage == self.stages - 1:
+        if self.ends(stage)[1]:
             tokens = self.rows * math.ceil(self.length / parallel.output_layer_slice_num)
             logits = tokens * (self.model.padded_vocab_size or 0) // self.tensor
             kept += logits * (2 * self.item + 8)  # with their gradient; log-softmax and its gradient in fp32
         return kept
 
     def _under_way(self, stage: int) -> float:
-        """Micro-batches whose activations `stage` holds at once, in whole-stage units (1F1B, interleaved 1F1B)."""
-        if self.chunks == 1:
-            return min(self.stages - stage, self.micro_batches)
-        started = 2 * (self.stages - stage - 1) + (self.chunks - 1) * self.stages + 1
-        return min(started, self.chunks * self.micro_batches) / self.chunks
+        """Micro-batches whose activations `stage` holds at once, in whole-stage units."""
+        assert self.model.num_layers
+        live = live_micro_batches(stage, self.micro_batches, self.model.num_layers, self.parallel)
+        if self.sizes is None:
+            return live
+        count = int(live)  # neighbours of other sizes, in units of the usual one
+        return max(sum(self.sizes[at : at + count]) for at in range(len(self.sizes))) / self.rows
 
 
 def estimate_memory(resolved: ResolvedConfig) -> MemoryEstimate:
@@ -244,7 +253,9 @@ def _with(resolved: ResolvedConfig, world_size: int, micro_batch: int, values: d
         parallel.recompute_method = parallel.recompute_method or "uniform"
         parallel.recompute_num_layers = parallel.recompute_num_layers or 1
     if parallel.pipeline_parallel != now.pipeline_parallel:
-        parallel.layers_per_stage = parallel.layers_per_virtual_stage = None
+        parallel.layers_per_stage = parallel.layers_per_virtual_stage = parallel.manual_mbs = None
+        parallel.optimized_pipeline = False
+        parallel.pipeline_schedule = None if parallel.schedule in LOOPED else parallel.pipeline_schedule
     train = dataclasses.replace(config.train, micro_batch_size=micro_batch)
     new = dataclasses.replace(
         resolved, config=dataclasses.replace(config, parallel=parallel, train=train), world_size=world_size, warnings=[]

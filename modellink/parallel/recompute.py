@@ -155,6 +155,15 @@ def _drop_inside(layer: DecoderLayer, drops: frozenset[str]) -> None:
             part.output_runner = _runner(activation, part)
 
 
+def recomputes_products(model: Decoder) -> bool:
+    """Whether `model` recomputes what multiplies by weights: computing weight gradients apart, matrix by matrix, would
+    recompute it for each of them."""
+    layers: Any = model.layers.values()
+    runners = [layer.mlp_runner for layer in layers]
+    runners += [layer.self_attn.heads_runner for layer in layers if isinstance(layer.self_attn, LatentAttention)]
+    return model.run_layers is not run_layers_plainly or any(runner is not run_plainly for runner in runners)
+
+
 def apply_recompute(model: Decoder, plan: Sequence[Span], shared: SharedInputs | None = None) -> None:
     """Make `model` (one chunk) recompute what `plan` says, and nothing else: a second call replaces the first."""
     layers: Any = iter(model.layers.values())

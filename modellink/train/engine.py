@@ -26,7 +26,7 @@ from modellink.optim.grad_norm import (
     global_grad_norm,
     global_params_norm,
 )
-from modellink.optim.local import gradient_of, like_parameter, local_tensor
+from modellink.optim.local import drop_gradient, gradient_of, like_parameter, local_tensor
 from modellink.optim.mixed_precision import MixedPrecisionOptimizer
 from modellink.optim.muon import MixedPrecisionMuon
 from modellink.optim.scaler import LossScaler
@@ -61,8 +61,15 @@ class Float32Accumulation:
     """Adds each micro-batch's half-precision gradient to `param.main_grad` in fp32 as soon as autograd has it."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._add)
+
+    def collect(self) -> None:
+        """Add what came without a hook: a pipeline that computes weight gradients apart adds them by hand."""
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                self._add(parameter)
 
     @staticmethod
     def _add(parameter: nn.Parameter) -> None:
@@ -139,7 +146,9 @@ class Engine:
         self._experts = [module for chunk in model.chunks for module in chunk.modules() if isinstance(module, MoE)]
         # FSDP accumulates in its reduce dtype by itself; fp32 parameters need nothing
         if not self._fsdp and config.optimizer.dtype != "float32" and not config.optimizer.release_fp32_grad:
-            Float32Accumulation([p for _, p in model.named_parameters() if p.requires_grad])
+            accumulation = Float32Accumulation([p for p in model.parameters() if p.requires_grad])
+            if model.pipeline is not None:
+                model.pipeline.after_weights = accumulation.collect
         self._replicas: ReplicatedGradients | None = None
         if self.topology.copies > 1 and not self._fsdp:
             overlap = config.parallel.overlap_grad_reduce
@@ -169,6 +178,7 @@ class Engine:
         batch: tokens, labels (and position_ids, documents) int [rows, S] on the device, rows a multiple of
         `micro_batch_size`.
         """
+        self.model.follow_ties()
         if self.model.context is not None:
             batch = self.model.context.shard(batch)
         tokens, labels = batch["tokens"], batch["labels"]
@@ -241,12 +251,16 @@ class Engine:
     def reduce_gradients(self) -> None:
         """Finish what the layouts left open: sums over the tensor group, and the tied embedding of first and last
         stage."""
-        finalize_partial_grads([p for _, p in self.model.named_parameters()])
+        finalize_partial_grads(self.model.parameters())
         if self.topology.size("pp") > 1 and self.model.chunks[0].config.tie_word_embeddings:
             self._reduce_tied()
 
     def _reduce_tied(self) -> None:
         """First and last stage exchange their gradients of the one matrix; a + b and b + a are the same bits."""
+        if self.model.tied_pair is not None:
+            original, follower = self.model.tied_pair
+            local_tensor(gradient_of(original)).add_(local_tensor(gradient_of(follower)))
+            drop_gradient(follower)
         copy = self.model.tied_copy
         if copy is None:
             return
@@ -307,6 +321,7 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, batch: Batch, micro_batch_size: int) -> tuple[Tensor, Tensor]:
         """(summed loss, token count) of one global batch, fp32 scalars equal on all ranks."""
+        self.model.follow_ties()
         if self.model.context is not None:
             batch = self.model.context.shard(batch)
         tokens, labels = batch["tokens"], batch["labels"]

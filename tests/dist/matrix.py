@@ -35,9 +35,14 @@ AXES: dict[str, dict[str, str]] = {
         "sp-overlap": "--tensor-parallel 2 --sequence-parallel --use-mc2",
     },
     "pipeline": {
-        "1f1b": "--pipeline-parallel 2",
+        "1f1b": "--pipeline-parallel 2 --pipeline-schedule 1f1b",
         "uneven": "--pipeline-parallel 2 --num-layer-list 1,3",
-        "interleaved": "--pipeline-parallel 2 --layers-per-virtual-stage 1",
+        "gpipe": "--pipeline-parallel 2 --pipeline-schedule gpipe",
+        "interleaved": "--pipeline-parallel 2 --pipeline-schedule interleaved --layers-per-virtual-stage 1",
+        "aiao": "--pipeline-parallel 2 --pipeline-schedule aiao --layers-per-virtual-stage 1",
+        "zero-bubble": "--pipeline-parallel 2 --pipeline-schedule zero_bubble",
+        "zbv": "--pipeline-parallel 2 --pipeline-schedule zbv",
+        "dualpipev": "--pipeline-parallel 2 --pipeline-schedule dualpipev",
     },
     "context": {
         "ulysses": "--context-parallel 2",
@@ -107,6 +112,8 @@ ELSEWHERE = {
     "parallel.auto_recompute_device_size": "tests/dist/test_recompute.py: chooses among the features of recomputation",
     "parallel.auto_recompute_profiling_step": "says how long to measure before that choice",
     "parallel.compile": "tests/dist/test_compile.py: compiling takes minutes",
+    "parallel.optimized_pipeline": "tests/dist/test_pipeline.py",
+    "parallel.manual_mbs": "tests/dist/test_pipeline.py",
 }
 
 Feature = tuple[str, str]  # axis, value

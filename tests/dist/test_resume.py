@@ -181,6 +181,8 @@ CHANGES = {
         2,
         [*TP2, "--sequence-parallel"],
     ),
+    "pp2 zbv to tp2": (2, [*PP2, "--pipeline-schedule", "zbv"], 2, TP2),
+    "one to pp2 zbv zero1": (1, [], 4, [*PP2, "--pipeline-schedule", "zbv", "--use-distributed-optimizer"]),
     "cp2 to one": (2, ["--context-parallel-size", "2"], 1, []),
     "tp2 pp2 to dp2": (4, [*TP2, *PP2], 2, ["--use-distributed-optimizer"]),
     "uneven pp2 to tp2 dp2": (2, [*PP2, "--num-layer-list", "3,1"], 4, [*TP2, "--zero-stage", "2"]),

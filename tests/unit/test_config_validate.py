@@ -16,6 +16,8 @@ TP, PP, VPP = (
     "--pipeline-model-parallel-size",
     "--num-layers-per-virtual-pipeline-stage",
 )
+SCHEDULE, MANUAL = "--pipeline-schedule", ["--optimized-pipeline", "--manual-mbs"]
+ZB = [SCHEDULE, "zero_bubble"]
 
 
 def error(monkeypatch: pytest.MonkeyPatch, argv: list[str], world: int = 1, program: str = "train") -> str:
@@ -42,7 +44,26 @@ def error(monkeypatch: pytest.MonkeyPatch, argv: list[str], world: int = 1, prog
         ([PP, "2", "--num-layer-list", "2,2", VPP, "1"], 2, ["--num-layer-list", VPP, "exclude"]),
         ([VPP, "2"], 1, [f"{VPP} 2 needs {PP} 2"]),
         ([PP, "2", VPP, "3"], 2, [f"{VPP} 3", "2 layers of a stage"]),
-        ([PP, "2", VPP, "1", "--global-batch-size", "6"], 2, ["multiple of 2 micro-batches", "not 3"]),
+        ([PP, "2", VPP, "1", "--global-batch-size", "10"], 2, ["multiple of 2 micro-batches", "not 5"]),
+        ([PP, "2", *ZB, "--global-batch-size", "10"], 2, ["multiple of 2 micro-batches", "not 5"]),
+        ([PP, "2", *ZB, "--compile"], 2, [*ZB, "--compile"]),
+        ([PP, "2", SCHEDULE, "zbv", VPP, "1"], 2, ["zbv", "two chunks", VPP]),
+        ([PP, "2", SCHEDULE, "gpipe", VPP, "1"], 2, ["gpipe", "one chunk", VPP]),
+        ([PP, "2", SCHEDULE, "zbv", "--num-layers", "6"], 2, ["6 layers", "4 stages"]),
+        ([PP, "2", SCHEDULE, "zbv", "--num-layer-list", "2,2"], 2, ["4 positive numbers"]),
+        ([PP, "2", SCHEDULE, "dualpipev", "--global-batch-size", "6"], 2, ["at least 4 micro-batches", "not 3"]),
+        ([PP, "2", "--fold-mode", "aiao"], 2, ["aiao", VPP]),
+        ([PP, "2", "--fold-mode", "lifo"], 2, ["--fold-mode lifo", "fifo"]),
+        ([PP, "2", "--optimized-pipeline"], 2, ["--optimized-pipeline", "--manual-mbs"]),
+        ([PP, "2", "--manual-mbs", "1,3"], 2, ["--optimized-pipeline", "--manual-mbs"]),
+        ([PP, "2", *MANUAL, "1,x"], 2, ["--manual-mbs 1,x", "example-config-1"]),
+        ([PP, "2", *MANUAL, "1,3", "--global-batch-size", "8"], 2, ["2 micro-batches of 4 rows", "4 of 8"]),
+        ([PP, "2", *MANUAL, "2,2", *ZB], 2, ["--optimized-pipeline", "zero_bubble"]),
+        (
+            [PP, "2", *ZB, "--rampup-batch-size", "6", "2", "8", "--global-batch-size", "12", "--train-samples", "9"],
+            2,
+            ["multiple of 2 micro-batches", "not 5"],
+        ),
         ([TP, "2"], 3, ["3 process(es)", f"{TP} 2", "--nproc_per_node 2"]),
         (
             ["--global-batch-size", "6"],
