@@ -55,6 +55,7 @@ CASES: dict[int, list[Case]] = {
 # Two steps at the first layout, saved, the third at the second.
 MOVES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("llama", SP, {"zero_stage": 3}, CADAM),
+    ("llama", {"zero_stage": 0}, SP, MUON),
     ("odd", EP | {"zero_stage": 1}, SP, CADAM),
     ("odd", SP, EP | {"zero_stage": 1}, MUON),
     ("odd", {"zero_stage": 1}, SP, EIGHT),
