@@ -25,7 +25,6 @@ from torch.distributed.tensor import Partial
 
 from modellink import device
 from modellink.models.projections import wanted, weight_gradients
-from modellink.parallel.collectives import gather_rows
 
 Products = Sequence[tuple[Tensor, Tensor]]
 
@@ -73,7 +72,8 @@ class Ring:
 
     def products_scatter(self, products: Products) -> Tensor:
         lefts = [left_TF.chunk(self.size) for left_TF, _ in products]
-        arriving, works = None, []
+        arriving: Tensor | None = None
+        works: list[Any] = []
         for step in range(self.size):
             target = (self.rank - 1 - step) % self.size  # its own at last
             total = lefts[0][target] @ products[0][1]
@@ -97,19 +97,14 @@ class SymmetricMemory:
         self.operators = operators or torch.ops.symm_mem
 
     def gather_products(self, x_tD: Tensor, matrices_DF: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        if not matrices_DF:
-            return gather_rows(x_tD, self.group), []
         whole_TD, made = self.operators.fused_all_gather_matmul(x_tD, list(matrices_DF), 0, self.name, return_A=True)
         return whole_TD, list(made)
 
     def products_scatter(self, products: Products) -> Tensor:
         left_TF, right_FD = products[0]
         if len(products) > 1:
-            left_TF, right_FD = (
-                torch.cat([left for left, _ in products], 1),
-                torch.cat([right for _, right in products]),
-            )
-        return self.operators.fused_matmul_reduce_scatter(left_TF.contiguous(), right_FD, "sum", 0, self.name)
+            left_TF, right_FD = torch.cat([each[0] for each in products], 1), torch.cat([each[1] for each in products])
+        return self.operators.fused_matmul_reduce_scatter(left_TF, right_FD, "sum", 0, self.name)
 
 
 def overlap_over(group: dist.ProcessGroup) -> Overlap:
@@ -150,30 +145,48 @@ class _Enter(torch.autograd.Function):
         return None, None, grad_x, *weight_gradients(grads_TF, whole_TD, needs[1:])
 
 
+class _Gathered:
+    """A gradient of all rows, which the gradient of the input gathers and that of the matrix reads."""
+
+    rows_TD: Tensor | None = None
+
+
+class _Keep(torch.autograd.Function):
+    """h [T, F] before its product with a matrix [D, F]: keeps what the gradient of the matrix needs.
+
+    Nothing is kept after this, so where h is rebuilt in backward the product is not made again.
+    """
+
+    @staticmethod
+    def forward(ctx, gathered: _Gathered, h_TF: Tensor, weight_DF: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(h_TF)
+        ctx.gathered = gathered
+        return h_TF.view_as(h_TF)
+
+    @staticmethod
+    def backward(ctx, grad_TF: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        (h_TF,) = ctx.saved_tensors
+        _, needs_weight = wanted(ctx)
+        if not needs_weight:
+            return None, grad_TF, None
+        grad_TD, ctx.gathered.rows_TD = ctx.gathered.rows_TD, None
+        return None, grad_TF, grad_TD.T @ h_TF
+
+
 class _Leave(torch.autograd.Function):
-    """h [B, S, F] and a matrix [D, F] -> this rank's positions of the products summed over the ranks, [B, s, D]."""
+    """h [T, F] and a matrix [D, F] without gradient -> this rank's rows of the products summed over ranks, [t, D]."""
 
     @staticmethod
-    def forward(ctx, overlap: Overlap, h_BSF: Tensor, weight_DF: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        h_TF = _rows(h_BSF)
-        ctx.save_for_backward(h_TF, weight_DF)
-        ctx.overlap, ctx.batch, ctx.gathered = overlap, len(h_BSF), None
-        return _unrows(overlap.products_scatter([(h_TF, weight_DF.T)]), ctx.batch)
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, overlap: Overlap, gathered: _Gathered, h_TF: Tensor, weight_DF: Tensor
+    ) -> Tensor:
+        ctx.overlap, ctx.gathered, ctx.weight_DF = overlap, gathered, weight_DF
+        return overlap.products_scatter([(h_TF, weight_DF.T)])
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        h_TF, weight_DF = ctx.saved_tensors
-        needs_input, needs_weight = wanted(ctx)
-        grad_h = grad_weight = None
-        if needs_input or ctx.gathered is None:
-            gathered, made = ctx.overlap.gather_products(_rows(grad), [weight_DF] if needs_input else [])
-            ctx.gathered = None if needs_weight else gathered  # for the pass that wants it
-            grad_h = _unrows(made[0], ctx.batch) if needs_input else None
-        else:
-            gathered, ctx.gathered = ctx.gathered, None
-        if needs_weight:
-            grad_weight = gathered.T @ h_TF
-        return None, grad_h, grad_weight
+    def backward(ctx, grad_tD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        ctx.gathered.rows_TD, (grad_TF,) = ctx.overlap.gather_products(grad_tD.contiguous(), [ctx.weight_DF])
+        return None, None, grad_TF, None
 
 
 def _local(tensor: Any) -> Any:
@@ -194,5 +207,7 @@ class OverlappedBlock:
         return _Enter.apply(self.overlap, len(linears), x_BsD, *weights, *(_local(linear.bias) for linear in linears))
 
     def leave(self, h_BSF: Tensor, linear: nn.Linear) -> Tensor:
-        y_BsD = _Leave.apply(self.overlap, h_BSF, _local(linear.weight))
+        weight_DF, gathered = _local(linear.weight), _Gathered()
+        h_TF = _Keep.apply(gathered, _rows(h_BSF), weight_DF)
+        y_BsD = _unrows(_Leave.apply(self.overlap, gathered, h_TF, weight_DF.detach()), len(h_BSF))
         return y_BsD if linear.bias is None else y_BsD + _local(linear.bias)

@@ -190,7 +190,7 @@ def apply_expert_parallel(model: Decoder, topology: Topology, parallel: Parallel
         group = topology.group("ep")
         if group is None:
             continue
-        dispatcher = {"alltoall": AllToAll, "allgather": AllGather}[parallel.moe_token_dispatcher_type]
+        dispatcher = AllGather if parallel.moe_token_dispatcher_type == "allgather" else AllToAll
         module.begin_routed = dispatcher(module, group, parallel.moe_permutation_async_comm)
 
 
