@@ -3,8 +3,8 @@
     python benchmarks/moe_dispatch.py [--ranks 4] [--steps 10] [--hidden 256] [--shared 1] [--output FILE]
 
 Trains a mixture of experts with expert parallelism over all ranks, with and without `--moe-permutation-async-comm`; the
-two take turns step by step, so that a busy machine slows both alike. One more step of each is traced: "transfer" is
-the time for which at least one exchange of rows or gradients was under way, "waiting" the time in which the program did
+two take turns step by step, so that a busy machine slows both alike. More steps of each are traced: "transfer" is the
+time for which at least one exchange of rows or gradients was under way, "waiting" the time in which the program did
 nothing but wait for one; what is hidden is the rest. "values" counts what the exchanges of a layer carry, to be
 compared with the formula 4 k B S D (k rows a token, there and back, forward and backward).
 
@@ -38,6 +38,7 @@ from modellink.parallel.collectives import WAIT
 from modellink.parallel.topology import Topology
 from modellink.train.engine import Engine
 
+TRACED = 4  # steps
 FORMS = {"plain": False, "overlapped": True}
 
 
@@ -66,16 +67,19 @@ def covered(intervals: list[tuple[float, float]]) -> float:
 
 def traced(engine: Engine, batch: dict[str, torch.Tensor], arguments: argparse.Namespace) -> dict[str, float]:
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace:
-        engine.step(batch, arguments.batch)
+        for _ in range(TRACED):
+            engine.step(batch, arguments.batch)
     rows = [event for event in trace.events() if event.name == "gloo:all_to_all" and len(event.input_shapes[0]) == 2]
     spans = [(event.time_range.start, event.time_range.end) for event in rows]
     waits = [(event.time_range.start, event.time_range.end) for event in trace.events() if event.name == WAIT]
     transfer, waiting = covered(spans), covered(waits)
     return {
-        "transfer_ms": transfer / 1e3,
-        "waiting_ms": waiting / 1e3,
+        "transfer_ms": transfer / 1e3 / TRACED,
+        "waiting_ms": waiting / 1e3 / TRACED,
         "hidden": 1.0 - waiting / transfer,
-        "values": sum(event.input_shapes[0][0] * event.input_shapes[0][1] for event in rows) / arguments.layers,
+        "values": sum(event.input_shapes[0][0] * event.input_shapes[0][1] for event in rows)
+        / arguments.layers
+        / TRACED,
     }
 
 

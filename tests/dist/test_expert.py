@@ -52,7 +52,7 @@ CASES: dict[int, list[tuple[str, dict[str, Any], int]]] = {
         ("moe", EP | SP | RING | {"zero_stage": 3}, 2),
         ("deepseek", EP | PP | RING | {"zero_stage": 2, "layers_per_virtual_stage": 1}, 2),
         ("deepseek", ASYNC | SP | PP | RING, 2),
-        ("sigmoid", ASYNC | SP | PP | RING | {"async_tensor_parallel": True, "recompute_granularity": "full"}, 2),
+        ("moe", ASYNC | SP | PP | RING | {"async_tensor_parallel": True, "recompute_granularity": "full"}, 2),
     ],
 }
 
