@@ -56,6 +56,10 @@ class Stage(PipelineStage):
     def _validate_fwd_outputs(self, outputs: tuple[Tensor, ...]) -> None:
         """The same for outputs."""
 
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        """torch 2.11 introduces neighbours to each other; in a V the neighbour may be this rank itself."""
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
     def _receive(self, infos: dict[int, Any], micro_batch: int) -> None:
         for info in infos[micro_batch]:
             info.buffer = self._nothing.new_empty(self.shapes[micro_batch])
@@ -92,10 +96,11 @@ class Stage(PipelineStage):
     def forward_one_chunk(
         self, fwd_chunk_id: int, args: Any, kwargs: dict[str, Any] | None = None, save_forward_output: bool = True
     ) -> Any:
-        """As torch's; without a backward pass the logits are not kept."""
+        """As torch's; keywords get no gradient, and without a backward pass the logits are not kept."""
         output = super().forward_one_chunk(fwd_chunk_id, args, kwargs, save_forward_output)
-        if self.is_last and not self.has_backward:
-            del self.fwd_cache[fwd_chunk_id]
+        outputs, inputs = self.fwd_cache.pop(fwd_chunk_id)
+        if self.has_backward or not self.is_last:
+            self.fwd_cache[fwd_chunk_id] = outputs, inputs[:1]  # torch 2.11 expects all of them to be tensors
         return output
 
     def backward_one_chunk(
