@@ -229,12 +229,16 @@ def refused() -> dict[tuple[Feature, Feature], str]:
 def covering() -> list[Row]:
     """Rows in which every pair of features that exists occurs at least once."""
     wanted = {pair for pair in itertools.combinations(ALL, 2) if pair[0][0] != pair[1][0]}
+
+    def gain(row: Row) -> int:
+        return sum(pair in wanted for pair in pairs_of(row))
+
     rows = []
     for pair in sorted(wanted, key=lambda pair: tuple(ALL.index(feature) for feature in pair)):
         row = supported(pair) if pair in wanted else None
         if row is not None:
-            row = _grown(row, lambda row: sum(pair in wanted for pair in pairs_of(row)), MANY)
-            wanted -= set(pairs_of(row))
+            row = _grown(row, gain, MANY)
+            wanted.difference_update(pairs_of(row))
             rows.append(row)
     return rows
 

@@ -1,7 +1,8 @@
 """Every feature of the table in matrix.py, alone and mixed with the others, trains like one process.
 
 The fast suite trains each feature alone and in a mixture, and each pair of axes; `make test-all` trains every pair of
-features that a command line accepts, which is each feature in three mixtures or more. Half precision is held to the error that one process makes in it.
+features that a command line accepts, which is each feature in three mixtures or more. Half precision is held to the
+error that one process makes in it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from matrix import (
     ALL,
     AXES,
     ELSEWHERE,
+    FEW,
     Row,
     covering,
     mixtures,
@@ -92,7 +94,7 @@ def check(rows: list[Row], world_size: int) -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("world_size", [1, 2, FEW])
 def test_each_feature_alone_and_mixed_trains_like_one_process(world_size: int) -> None:
     check([*singles(), *mixtures()], world_size)
 
