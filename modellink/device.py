@@ -17,6 +17,7 @@ import random
 import re
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,7 +241,20 @@ def empty_cache() -> None:
 
 def host_buffer(elements: int, dtype: torch.dtype) -> torch.Tensor:
     """Return uninitialised host memory that the device can copy from and to while it computes (pinned)."""
-    return torch.empty(elements, dtype=dtype, device="cpu", pin_memory=is_accelerated())
+    if is_accelerated():
+        storage = torch.empty(elements, dtype=dtype, device="cpu", pin_memory=True).untyped_storage()
+    else:
+        storage = torch.UntypedStorage(elements * dtype.itemsize)
+    _host_buffers[storage._cdata] = storage
+    return torch.empty(0, dtype=dtype).set_(storage)
+
+
+_host_buffers: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
+
+
+def is_host_buffer(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` lies in memory of `host_buffer`: also where the device is the CPU, it does not count as its."""
+    return tensor.untyped_storage()._cdata in _host_buffers
 
 
 # -------------------------------------------------------------------------------------------------------------- streams

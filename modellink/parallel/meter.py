@@ -6,7 +6,7 @@
 
 A dispatch mode sees every operation of its thread, those of backward on a CPU and collectives included, so both counts
 are exact and repeat: they depend on shapes, not on an allocator or a network. What a kernel allocates and frees inside
-is not seen.
+is not seen. Buffers of host memory, to which things move out of the device's way, are not held by the device.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from modellink import device
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
@@ -80,6 +82,8 @@ class Meter(TorchDispatchMode):
 
     def _note(self, results: Any) -> None:
         for tensor in _tensors(results):
+            if device.is_host_buffer(tensor):
+                continue
             storage = tensor.untyped_storage()
             self._live.setdefault(StorageWeakRef(storage), storage.nbytes())
         self.peak = max(self.peak, self.held())

@@ -161,7 +161,8 @@ def recomputes_products(model: Decoder) -> bool:
     layers: Any = model.layers.values()
     runners = [layer.mlp_runner for layer in layers]
     runners += [layer.self_attn.heads_runner for layer in layers if isinstance(layer.self_attn, LatentAttention)]
-    return model.run_layers is not run_layers_plainly or any(runner is not run_plainly for runner in runners)
+    whole = model.run_layers is not run_layers_plainly or model.output_losses is not None
+    return whole or any(runner is not run_plainly for runner in runners)
 
 
 def apply_recompute(model: Decoder, plan: Sequence[Span], shared: SharedInputs | None = None) -> None:

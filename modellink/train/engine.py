@@ -159,7 +159,7 @@ class Engine:
     def _slice_losses(self, token_losses: Loss, slices: int) -> None:
         """Let the model end in the losses of its tokens, so that its output matrix can be used slice by slice."""
         for chunk in self.model.chunks:
-            chunk.output_losses = SlicedLosses(token_losses, slices)
+            chunk.output_losses = SlicedLosses(token_losses, slices) if chunk.lm_head is not None else None
         self._inputs = (*EXTRA, "labels")
         self.loss = lambda losses_BS, labels_BS: losses_BS.sum()
 

@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from modellink.config.load import load_config
@@ -16,6 +14,7 @@ from modellink.config.schema import ModelConfig, ParallelConfig
 from modellink.errors import ModelLinkError
 from modellink.models.decoder import Decoder
 from modellink.parallel.memory import estimate_memory
+from modellink.parallel.meter import Meter
 from modellink.parallel.offload import Swap, apply_swap
 from modellink.parallel.recompute import apply_recompute
 from modellink.parallel.recompute_plan import recompute_plan
@@ -44,31 +43,12 @@ def tokens(seed: int = 0) -> Tensor:
     return torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().manual_seed(seed))
 
 
-class _Live(TorchDispatchMode):
-    """Every storage that an operation made, to count those that still exist."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, list | tuple) else (out,):
-            if isinstance(tensor, Tensor):
-                reference = StorageWeakRef(tensor.untyped_storage())
-                self._made[reference.cdata] = (reference, tensor.untyped_storage().nbytes())
-        return out
-
-    def bytes(self) -> int:
-        return sum(size for reference, size in self._made.values() if not reference.expired())
-
-
 def held_after_forward(swap: str | None, **options: Any) -> tuple[int, Swap | None]:
-    """Bytes that a forward pass left on the device: all that is alive, but for the host's copies."""
+    """Bytes that a forward pass left on the device; what was moved to host memory is not there."""
     model, swapped = decoder(swap, **options)
-    with _Live() as live:
+    with Meter() as meter:
         out = model(tokens())
-        held = live.bytes() - (swapped.moved_bytes if swapped else 0)
+        held = meter.held()
     assert out.requires_grad
     return held, swapped
 
