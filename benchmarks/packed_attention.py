@@ -4,8 +4,9 @@
 
 One attention layer, forward and backward, float32. "dense" is what fused attention with a mask of all queries by all
 keys takes, "tiles" what the model runs (`modellink/models/tiles.py`). Times are medians of processor time, which other
-programs hardly disturb, over interleaved rounds. Bytes are counted operation by operation (`modellink/parallel/meter.py`):
-the peak, without the gradients of q, k and v. Masks are made anew in every step of both. Both must agree within 1e-6.
+programs hardly disturb, over interleaved rounds. Bytes are counted operation by operation by a `Meter`
+(`modellink/parallel/meter.py`): the peak, without the gradients of q, k and v. Masks are made anew in every step of
+both. Both must agree within 1e-6.
 """
 
 from __future__ import annotations

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from modellink import device
 from modellink.config.schema import ModelConfig
 from modellink.models import blockwise
-from modellink.models.blockwise import BlockMask, ScoreRule, attend, attend_backward, merge_
+from modellink.models.blockwise import KERNELS, BlockMask, ScoreRule, attend, attend_backward, merge_
 from modellink.models.decoder import Decoder
 
 QUERIES, KEYS, HEADS, GROUPS, SIZE = 5, 12, 4, 2, 8
@@ -92,6 +93,50 @@ def test_merging_what_saw_nothing() -> None:
     merge_(out, lse, torch.tensor([[0.0], [2.0], [0.0]]), torch.tensor([-torch.inf, 0.25, -torch.inf]))
     assert out.flatten().tolist() == [1.0, 2.0, 0.0]
     assert lse.tolist() == [0.5, 0.25, -torch.inf]
+
+
+@pytest.mark.parametrize("groups", [HEADS, GROUPS])
+@pytest.mark.parametrize(
+    ("name", "dtype", "keys", "value_size", "mask"),
+    [
+        ("flash", torch.bfloat16, 24, SIZE, BlockMask()),
+        ("flash", torch.bfloat16, 16, SIZE, BlockMask(0, True)),
+        ("flash", torch.float16, 24, SIZE, BlockMask(8, True, 5)),
+        ("efficient", torch.float32, 24, SIZE, BlockMask()),
+        ("efficient", torch.bfloat16, 16, 2 * SIZE, BlockMask(0, True)),
+        (None, torch.float32, 24, SIZE, BlockMask(8, True, 5)),
+        (None, torch.bfloat16, 24, SIZE, BlockMask(3, True, 5)),
+        (None, torch.float64, 24, SIZE, BlockMask()),
+    ],
+)
+def test_kernels_of_a_gpu_by_shape(
+    name: str | None, dtype: torch.dtype, keys: int, value_size: int, mask: BlockMask, groups: int
+) -> None:
+    """Without a GPU: which kernel a block gets, and that its operators exist and give these shapes and types."""
+    q, k, v = (
+        torch.empty(2, heads, length, size, dtype=dtype, device="meta")
+        for heads, length, size in ((HEADS, 16, SIZE), (groups, keys, SIZE), (groups, keys, value_size))
+    )
+    grouped = groups != HEADS
+    table = [KERNELS[row] for row in device.attention_kernels("cuda")]
+    kernel = next((row for row in table if row.takes(q, k, v, mask)), None)
+    if name is None or (grouped and not KERNELS[name].grouped):
+        assert kernel is None
+        return
+    assert kernel is KERNELS[name]
+    out, lse = kernel.forward(q, k, v, mask, 0.4)
+    assert out.shape == (2, HEADS, 16, value_size)
+    assert lse.shape == (2, HEADS, 16)
+    assert (out.dtype, lse.dtype) == (dtype, torch.float32)
+    found = kernel.backward(torch.empty_like(out), q, k, v, out, lse, mask, 0.4)
+    assert [x.shape for x in found] == [x.shape for x in (q, k, v)]
+
+
+def test_packed_documents_of_a_gpu_by_shape() -> None:
+    q, k = (torch.empty(2, heads, 16, SIZE, dtype=torch.bfloat16, device="meta") for heads in (HEADS, GROUPS))
+    packed = KERNELS["flash"].packed
+    assert packed is not None
+    assert packed(q, k, k, torch.empty(5, dtype=torch.int32, device="meta"), 9, True, 4, 0.3).shape == q.shape
 
 
 MODELS: dict[str, dict[str, Any]] = {
