@@ -120,10 +120,14 @@ def draw(lengths: dict[int, dict[str, int]], budget: int, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     alone = lengths[1]["one process"]
     left.plot(WORLDS, [alone * world for world in WORLDS], "--", color="0.6", label="in proportion to ranks")
-    marks = dict(zip(ALGORITHMS, "osD^", strict=True))
+    # the curves lie on one another: open marks of falling size
+    marks: dict[str, dict[str, Any]] = {
+        name: {"marker": mark, "markersize": size, "fillstyle": "none", "markeredgewidth": 1.5}
+        for name, mark, size in zip(ALGORITHMS, "osD^", (16, 12, 8, 6), strict=True)
+    }
     for name in ALGORITHMS:
         points = [(world, lengths[world][name]) for world in WORLDS[1:] if name in lengths[world]]
-        left.plot([1, *(p[0] for p in points)], [alone, *(p[1] for p in points)], marker=marks[name], label=name)
+        left.plot([1, *(p[0] for p in points)], [alone, *(p[1] for p in points)], label=name, **marks[name])
     left.set(xlabel="ranks", ylabel="longest sequence (positions)", xticks=WORLDS, ylim=(0, None))
     left.set_title(f"within {budget >> 20} MiB a rank, measured")
     sizes = [2, 4, 8, 16, 32]
@@ -131,7 +135,7 @@ def draw(lengths: dict[int, dict[str, int]], budget: int, path: Path) -> None:
     for name in ALGORITHMS:
         usable = [size for size in sizes if name != "hybrid" or size > 2]
         costs = [context_cost(layout(name, size), wide) for size in usable]
-        right.plot(usable, [(c.forward + c.backward) / 2**20 for c in costs], marker=marks[name], label=name)
+        right.plot(usable, [(c.forward + c.backward) / 2**20 for c in costs], label=name, **marks[name])
     right.set_xscale("log", base=2)
     right.set(xlabel="ranks", ylabel="MiB sent by a rank", xticks=sizes, ylim=(0, None))
     right.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
@@ -160,12 +164,12 @@ def main() -> None:
     parser.add_argument("--budget-mib", type=int, default=16)
     arguments = parser.parse_args()
     measured, budget = on_ranks(layers, 4), arguments.budget_mib << 20
-    heads = ["4 ranks", "sent forward", "formula", "sent backward", "formula", "kept", "formula", "peak", "peak / kept"]
+    heads = ["4 ranks", "sent forward", "formula", "sent backward", "formula", "kept", "formula", "peak", "formula"]
     rows = []
     for name, (forward, backward, kept, peak) in measured.items():
         cost = context_cost(layout(name, 4), SHAPE)
-        pairs = (forward, cost.forward, backward, cost.backward, kept, cost.kept, peak)
-        rows.append([name, *(f"{number:,}" for number in pairs), f"{peak / kept:.2f}"])
+        pairs = (forward, cost.forward, backward, cost.backward, kept, cost.kept, peak, cost.peak)
+        rows.append([name, *(f"{number:,}" for number in pairs)])
     show("bytes of a rank, one layer", heads, rows)
     lengths = {world: on_ranks(partial(longest, budget=budget), world) for world in WORLDS}
     alone = lengths[1]["one process"]

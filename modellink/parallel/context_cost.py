@@ -12,9 +12,14 @@ and G' = max(G, u) key/value heads (where there are fewer heads than ranks, each
     exchange   (u - 1) / u all              (u - 1) / u all
 
     kept       q, k, v, out and 4 B s H bytes of log-sum-exp; with an exchange the output once more, as it came back
+    peak       kept, the gradient of out (with an exchange twice), what one block's backward finds of q, k and v, and
+               beyond a plain exchange: dq in float32 and
+                   ring      3 keys: here, to be sent home, and with this rank's own; 6 where sending overlaps
+                   gather    2 n keys: of all ranks, and their gradients
 
-Hybrid is the sum of its exchange and its ring. Legend: B batch, S sequence, H query heads, G key/value heads, K head
-size.
+The peak is exact for an exchange and an upper bound, some percent above what is seen, for the others; attention alone
+is counted. Hybrid is the sum of its exchange and its ring. Legend: B batch, S sequence, H query heads, G key/value
+heads, K head size.
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ from torch import Tensor
 
 from modellink.config.schema import ModelConfig, ParallelConfig
 from modellink.models.attention import AttentionCore, AttentionMask
-from modellink.parallel.context import ContextParallel, ulysses_degree
+from modellink.parallel.context import GATHER, ContextParallel, ulysses_degree
 from modellink.parallel.meter import Meter
 from modellink.parallel.topology import Topology
 
@@ -45,13 +50,12 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class ContextCost:
-    """Bytes of one rank: sent in forward and in backward, kept from one to the other; the most held at once, which
-    only a measurement gives."""
+    """Bytes of one rank: sent in forward and in backward, kept from one to the other, the most held at once."""
 
     forward: int
     backward: int
     kept: int
-    peak: int = 0
+    peak: int
 
 
 def context_cost(parallel: ParallelConfig, shape: AttentionShape) -> ContextCost:
@@ -66,7 +70,13 @@ def context_cost(parallel: ParallelConfig, shape: AttentionShape) -> ContextCost
     ring = (rings - 1) * keys
     returned = queries_and_outputs // 2 if exchange > 1 else 0
     kept = queries_and_outputs + keys + returned + 4 * positions * shape.heads
-    return ContextCost(exchanged + ring, exchanged + 2 * ring, kept)
+    queries = queries_and_outputs // 2
+    peak = kept + (2 if exchange > 1 else 1) * queries + queries + keys
+    if rings > 1:
+        gathers = parallel.context_parallel_algo == GATHER
+        held = 2 * rings if gathers else 6 if parallel.use_cp_send_recv_overlap else 3
+        peak += positions * shape.heads * shape.size * 4 + held * keys
+    return ContextCost(exchanged + ring, exchanged + 2 * ring, kept, peak)
 
 
 def measure_context(parallel: ParallelConfig, shape: AttentionShape, documents: Tensor | None = None) -> ContextCost:
