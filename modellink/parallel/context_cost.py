@@ -14,7 +14,7 @@ and G' = max(G, u) key/value heads (where there are fewer heads than ranks, each
     kept       q, k, v, out and 4 B s H bytes of log-sum-exp; with an exchange the output once more, as it came back
     peak       kept, the gradient of out (with an exchange twice), what one block's backward finds of q, k and v, and
                beyond a plain exchange: dq in float32 and
-                   ring      3 keys: here, to be sent home, and with this rank's own; 6 where sending overlaps
+                   ring      3 keys: here, to be sent home, and this rank's own; 6 where sending overlaps, n > 2
                    gather    2 n keys: of all ranks, and their gradients
 
 The peak is exact for an exchange and an upper bound, some percent above what is seen, for the others; attention alone
@@ -74,7 +74,7 @@ def context_cost(parallel: ParallelConfig, shape: AttentionShape) -> ContextCost
     peak = kept + (2 if exchange > 1 else 1) * queries + queries + keys
     if rings > 1:
         gathers = parallel.context_parallel_algo == GATHER
-        held = 2 * rings if gathers else 6 if parallel.use_cp_send_recv_overlap else 3
+        held = 2 * rings if gathers else 6 if parallel.use_cp_send_recv_overlap and rings > 2 else 3
         peak += positions * shape.heads * shape.size * 4 + held * keys
     return ContextCost(exchanged + ring, exchanged + 2 * ring, kept, peak)
 
