@@ -98,8 +98,8 @@ def check_schedule(resolved: ResolvedConfig) -> None:
     assert layers
     _check_manual(parallel)
     if parallel.pipeline_parallel == 1:
-        if parallel.pipeline_schedule is not None or parallel.manual_mbs is not None:
-            resolved.warnings.append(f"{given}: no effect without {flag_of('parallel.pipeline_parallel')}")
+        for what in [given] * (parallel.pipeline_schedule is not None) + ["--manual-mbs"] * parallel.optimized_pipeline:
+            resolved.warnings.append(f"{what}: no effect without {flag_of('parallel.pipeline_parallel')}")
         return
     if kind in LOOPED and parallel.layers_per_virtual_stage is None:
         raise ModelLinkError(f"{given} passes several chunks of each rank: give {chunk_flag} N, layers of one chunk.")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from modellink.config.load import load_config
 from modellink.config.pipeline import (
     MANUAL_SIZES,
     SPLIT,
@@ -99,3 +100,22 @@ def test_lists_are_read_or_refused() -> None:
     for bad in ("1,0", "a", "1;2", ""):
         with pytest.raises(ModelLinkError, match="example-config-1"):
             micro_batch_sizes(ParallelConfig(manual_mbs=bad))
+
+
+RUN = "--model tiny-llama --seq-length 64 --micro-batch-size 2 --train-iters 4 --lr 1e-3 --mock-data".split()
+CHUNKS = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --global-batch-size 8".split()
+
+
+def test_schedules_without_a_pipeline_say_that_they_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    warnings = load_config([*RUN, "--pipeline-schedule", "zbv", "--fold-mode", "none"]).warnings
+    assert [w for w in warnings if "zbv" in w and "no effect" in w]
+
+
+@pytest.mark.parametrize(
+    "words", ["--fold-mode aiao aiao", "--foldx-mode fifo interleaved", "--fold-mode none interleaved"]
+)
+def test_fold_modes_are_schedules(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    flag, value, schedule = words.split()
+    assert load_config([*RUN, *CHUNKS, flag, value]).config.parallel.schedule == schedule
