@@ -144,7 +144,7 @@ def everything(rank: int, world: int) -> dict[str, Any]:
 
 @cache
 def results(world: int) -> list[dict[str, Any]]:
-    return run_distributed(everything, world, timeout=240)
+    return run_distributed(everything, world, timeout=400)
 
 
 @pytest.mark.parametrize("world", sorted(CASES))
