@@ -43,7 +43,7 @@ def measure(rank: int, world_size: int) -> dict[str, list[list[int]]]:
 
 @pytest.fixture(scope="module")
 def costs() -> dict[int, list[dict[str, list[list[int]]]]]:
-    return {world: run_distributed(measure, world, timeout=120) for world in (2, 4)}
+    return {world: run_distributed(measure, world, timeout=300) for world in (2, 4)}
 
 
 @pytest.mark.dist
