@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 from modellink import device
 from modellink.config.schema import ModelConfig
 from modellink.models.layers import MLP
-from modellink.models.projections import separately, weight_gradients
+from modellink.models.projections import separately
 
 
 class _Together(torch.autograd.Function):
@@ -46,8 +46,7 @@ class _Together(torch.autograd.Function):
         grad_TD = grads_TF[0] @ weights[0]
         for grad_TF, weight in zip(grads_TF[1:], weights[1:], strict=True):
             grad_TD.addmm_(grad_TF, weight)
-        gradients = weight_gradients(grads_TF, x.flatten(0, -2), [True] * len(weights))
-        return grad_TD.view_as(x), *gradients[: len(weights)]
+        return grad_TD.view_as(x), *(grad_TF.T @ x.flatten(0, -2) for grad_TF in grads_TF)
 
 
 def together(x: Tensor, linears: Sequence[nn.Linear]) -> tuple[Tensor, ...]:

@@ -1,7 +1,7 @@
 """How blocks go through their matrices: into a block, several matrices read one input; out of it, there is one.
 
 Attention and MLP call `enter` and `leave`, so that tensor parallelism can join the products with the communication that
-stands before or after them. Legend: T rows, D in, F out.
+stands before or after them.
 """
 
 from __future__ import annotations
@@ -34,10 +34,3 @@ def wanted(ctx: Any) -> list[bool]:
     """
     nodes = (node for node, _ in ctx.next_functions)
     return [node is not None and torch._C._will_engine_execute_node(node) for node in nodes]
-
-
-def weight_gradients(grads_TF: Sequence[Tensor], x_TD: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
-    """Gradients of the matrices [F, D] and then of the biases [F] of products of x; None where not wanted."""
-    which = iter(wanted)
-    weights = [grad_TF.T @ x_TD if next(which, False) else None for grad_TF in grads_TF]
-    return weights + [grad_TF.sum(0) if next(which, False) else None for grad_TF in grads_TF]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Partial
 
 from modellink import device
-from modellink.models.projections import wanted, weight_gradients
+from modellink.models.projections import wanted
 
 Products = Sequence[tuple[Tensor, Tensor]]
 
@@ -122,27 +122,37 @@ def _unrows(x_TD: Tensor, batch: int) -> Tensor:
 
 
 class _Enter(torch.autograd.Function):
-    """x [B, s, D] -> for each matrix [F, D] and bias [F] the product with the whole x, [B, S, F]."""
+    """This rank's rows x [t, D] and matrices [F, D] without gradient -> all rows [T, D], their products [T, F]."""
 
     @staticmethod
-    def forward(ctx, overlap: Overlap, count: int, x_BsD: Tensor, *parameters: Any) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
-        weights, biases = parameters[:count], parameters[count:]
-        whole_TD, made = overlap.gather_products(_rows(x_BsD), [weight_FD.T for weight_FD in weights])
-        made = [y_TF if bias_F is None else y_TF + bias_F for y_TF, bias_F in zip(made, biases, strict=True)]
-        ctx.save_for_backward(whole_TD, *weights)
-        ctx.overlap, ctx.batch = overlap, len(x_BsD)
-        return tuple(_unrows(y_TF, ctx.batch) for y_TF in made)
+    def forward(ctx, overlap: Overlap, x_tD: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
+        ctx.overlap, ctx.weights = overlap, weights
+        whole_TD, made = overlap.gather_products(x_tD, [weight_FD.T for weight_FD in weights])
+        ctx.mark_non_differentiable(whole_TD)
+        return whole_TD, *made
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
-        whole_TD, *weights = ctx.saved_tensors
-        needs = wanted(ctx)
-        grads_TF = [_rows(grad) for grad in grads]
-        grad_x = None
-        if needs[0]:
-            products = list(zip(grads_TF, weights, strict=True))
-            grad_x = _unrows(ctx.overlap.products_scatter(products), ctx.batch)
-        return None, None, grad_x, *weight_gradients(grads_TF, whole_TD, needs[1:])
+    def backward(ctx, _: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        products = [(grad_TF.contiguous(), weight_FD) for grad_TF, weight_FD in zip(grads, ctx.weights, strict=True)]
+        return None, ctx.overlap.products_scatter(products), *(None for _ in ctx.weights)
+
+
+class _Weigh(torch.autograd.Function):
+    """y [T, F], which is the product of x [T, D] and a matrix [F, D]: gives that matrix its gradient.
+
+    A node of its own for each matrix, because a backward pass may be taken apart into one for inputs and one for
+    weights: what communicates must run in the first alone.
+    """
+
+    @staticmethod
+    def forward(ctx, y_TF: Tensor, x_TD: Tensor, weight_FD: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x_TD)
+        return y_TF.view_as(y_TF)
+
+    @staticmethod
+    def backward(ctx, grad_TF: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        (x_TD,) = ctx.saved_tensors
+        return grad_TF, None, grad_TF.T @ x_TD if wanted(ctx)[-1] else None
 
 
 class _Gathered:
@@ -202,9 +212,14 @@ class OverlappedBlock:
     def __init__(self, overlap: Overlap) -> None:
         self.overlap = overlap
 
-    def enter(self, x_BsD: Tensor, linears: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
+    def enter(self, x_BsD: Tensor, linears: Sequence[nn.Linear]) -> list[Tensor]:
         weights = [_local(linear.weight) for linear in linears]
-        return _Enter.apply(self.overlap, len(linears), x_BsD, *weights, *(_local(linear.bias) for linear in linears))
+        whole_TD, *made = _Enter.apply(self.overlap, _rows(x_BsD), *(weight_FD.detach() for weight_FD in weights))
+        out = []
+        for y_TF, weight_FD, linear in zip(made, weights, linears, strict=True):
+            y_TF = _Weigh.apply(y_TF, whole_TD, weight_FD)
+            out.append(_unrows(y_TF if linear.bias is None else y_TF + _local(linear.bias), len(x_BsD)))
+        return out
 
     def leave(self, h_BSF: Tensor, linear: nn.Linear) -> Tensor:
         weight_DF, gathered = _local(linear.weight), _Gathered()

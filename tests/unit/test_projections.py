@@ -1,32 +1,13 @@
-"""What passes through matrices by hand: gradients of weights, and which of them a backward pass wants."""
+"""Which gradients a backward pass wants."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from modellink.models.projections import separately, wanted, weight_gradients
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_gradients_of_weights_against_autograd(bias: bool) -> None:
-    torch.manual_seed(0)
-    linears = [nn.Linear(6, width, bias=bias, dtype=torch.float64) for width in (5, 3)]
-    x_TD = torch.randn(7, 6, dtype=torch.float64)
-    outputs = separately(x_TD, linears)
-    grads_TF = [torch.randn_like(output) for output in outputs]
-    weights = [linear.weight for linear in linears]
-    biases = [linear.bias for linear in linears if bias]
-    expected = torch.autograd.grad(outputs, [*weights, *biases], grads_TF)
-    ours = weight_gradients(grads_TF, x_TD, [True] * len(expected))
-    assert ours[len(expected) :] == [None] * (4 - len(expected))
-    for mine, theirs in zip(ours[: len(expected)], expected, strict=True):
-        torch.testing.assert_close(mine, theirs)
-    first, *others = weight_gradients(grads_TF, x_TD, [True] + [False] * (len(expected) - 1))
-    assert first is not None and others == [None] * 3
+from modellink.models.projections import wanted
 
 
 class _Product(torch.autograd.Function):
