@@ -30,7 +30,7 @@ def wanted(ctx: Any) -> list[bool]:
     """For each tensor that a `Function` was given, whether this backward pass goes on from it.
 
     `ctx.needs_input_grad` says whether any could. The two differ where gradients of inputs and of weights are computed
-    in separate passes (zero-bubble pipelines).
+    in separate passes (zero-bubble pipelines). Torch does not say it of a leaf: pass shards or views of parameters.
     """
     nodes = (node for node, _ in ctx.next_functions)
     return [node is not None and torch._C._will_engine_execute_node(node) for node in nodes]

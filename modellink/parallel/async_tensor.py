@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import Partial
+from torch.distributed.tensor import DTensor, Partial
 
 from modellink import device
 from modellink.models.projections import wanted
@@ -201,8 +201,8 @@ class _Leave(torch.autograd.Function):
 
 def _local(tensor: Any) -> Any:
     """This rank's shard. What is whole meets this rank's positions only, so its gradient is a part of a sum."""
-    if tensor is None:
-        return None
+    if not isinstance(tensor, DTensor):
+        return tensor
     return tensor.to_local(grad_placements=[Partial() if p.is_replicate() else p for p in tensor.placements])
 
 
