@@ -2,7 +2,7 @@
 
     python benchmarks/memory_per_param.py [--ranks 1 2 4 8] [--modes fp32 cadam ...] [--output FILE.md]
 
-Every figure comes from storages that are alive, not from formulas. A model of 8 layers (1.7 million parameters, hardly
+Every figure comes from storages that are alive, not from formulas. A model of 4 layers (0.9 million parameters, hardly
 any vocabulary) trains two steps of two micro-batches of two tokens, so that activations hardly exist. Before every
 layer's forward, after its backward, and around the update, each rank walks over everything that belongs to a parameter
 and counts the bytes of the storages it finds, each once:
@@ -48,7 +48,7 @@ from modellink.parallel.apply import ParallelModel, build_model
 from modellink.parallel.topology import Topology
 from modellink.train.engine import Engine
 
-LAYERS, MICRO_BATCHES, STEPS = 8, 2, 2
+LAYERS, MICRO_BATCHES = 4, 2
 MODEL: dict[str, Any] = {
     "num_layers": LAYERS, "hidden_size": 128, "num_attention_heads": 4, "ffn_hidden_size": 384, "vocab_size": 64,
     "padded_vocab_size": 64, "max_position_embeddings": 16, "normalization": "RMSNorm", "activation": "silu",
@@ -168,14 +168,13 @@ def _bytes(tensors: Iterable[Tensor | None], seen: set[int]) -> int:
     return total
 
 
-def measure(mode: Mode, zero_stage: int, steps: int = STEPS, micro_batches: int = MICRO_BATCHES) -> dict[str, float]:
+def measure(mode: Mode, topology: Topology, steps: int) -> dict[str, float]:
     """Bytes per parameter on this rank of the running group, by kind, their sum "held" and what passes, per layer."""
     config = Config(
         model=ModelConfig(**MODEL).resolve(),
-        parallel=ParallelConfig(zero_stage=zero_stage),
+        parallel=topology.parallel,
         optimizer=OptimizerConfig(lr=1e-3, **mode.options),
     )
-    topology = Topology(config.parallel)
     dtype, gradients = (getattr(torch, name) for name in (config.optimizer.dtype, config.optimizer.gradient_dtype))
     model = build_model(config.model, config.parallel, topology, torch.device("cpu"), dtype, 1, gradients)
     engine = Engine(model, config)
@@ -196,35 +195,38 @@ def _numel(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def measure_all(modes: list[str], steps: int) -> list[tuple[str, int, dict[str, float]]]:
+    """(mode, ZeRO stage, figures of this rank) of every mode and every layout that differs at this number of ranks."""
+    rows = []
+    for stage in range(4 if dist.is_initialized() else 1):
+        topology = Topology(ParallelConfig(zero_stage=stage))
+        rows += [(name, stage, measure(MODES[name], topology, steps)) for name in modes]
+    return rows
+
+
 def limit(mode: Mode, zero_stage: int, d: int) -> float:
     """The reference's bytes per parameter."""
     return mode.plain if zero_stage == 0 else mode.distributed(d)
 
 
-def layouts(d: int) -> list[int]:
-    """ZeRO stages that differ at `d` ranks."""
-    return [0] if d == 1 else [0, 1, 2, 3]
-
-
-def worker(rank: int, world_size: int, port: int, modes: list[str], folder: str) -> None:
+def worker(rank: int, world_size: int, port: int, modes: list[str], steps: int, folder: str) -> None:
     torch.set_num_threads(1)
     if world_size > 1:
         store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    rows = [(name, stage, measure(MODES[name], stage)) for name in modes for stage in layouts(world_size)]
-    torch.save(rows, Path(folder, f"{world_size}-{rank}.pt"))
+    torch.save(measure_all(modes, steps), Path(folder, f"{world_size}-{rank}.pt"))
     if world_size > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
-def run(world_size: int, modes: list[str]) -> list[tuple[str, int, dict[str, float]]]:
+def run(world_size: int, modes: list[str], steps: int) -> list[tuple[str, int, dict[str, float]]]:
     """Every mode and layout at one number of ranks: the figures of the rank that holds most."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, (world_size, port, modes, folder), nprocs=world_size)
+        mp.spawn(worker, (world_size, port, modes, steps, folder), nprocs=world_size)
         ranks = [torch.load(Path(folder, f"{world_size}-{rank}.pt"), weights_only=True) for rank in range(world_size)]
     return [max(rows, key=lambda row: row[2]["held"]) for rows in zip(*ranks, strict=True)]
 
@@ -243,11 +245,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--modes", nargs="+", choices=sorted(MODES), default=list(MODES))
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--output", type=Path, help="write the table as markdown")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    rows = [row_of(name, stage, d, found) for d in arguments.ranks for name, stage, found in run(d, arguments.modes)]
+    rows = []
+    for d in arguments.ranks:
+        rows += [row_of(name, stage, d, found) for name, stage, found in run(d, arguments.modes, arguments.steps)]
     rows.sort(key=lambda row: (arguments.modes.index(row[0]), row[1] != "0", row[1], int(row[2])))
     heads = ["mode", "ZeRO", "d", *COLUMNS, "limit", "within", "of a layer"]
     table = Table(*heads, title="bytes per parameter at the fullest moment of a step")
