@@ -1,0 +1,184 @@
+"""Activation memory and step time of each kind of recomputation, on one model.
+
+    python benchmarks/activation_memory.py [--layers 8] [--hidden 512] [--sequence 1024] [--rows 2] [--repeats 3]
+
+"kept" is what all layers hold for backward when the last of them has run; "peak" the most that is held at once beyond
+weights and gradients that wait (activations, gradients of this batch as they come, and what operators hold for a
+moment). Both are measured: on a CPU by following every storage, on an accelerator by its allocator. Gradients are
+dropped before each batch and nothing is updated. Times are the fastest of the repeats, without the meter. Modes that
+need tensor parallelism run in two processes, beside the plain layout of those. Results go to benchmarks/results/
+(Markdown) and docs/images/activation-memory.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from modellink import device
+from modellink.config.schema import Config, ModelConfig, ParallelConfig
+from modellink.parallel.apply import build_model
+from modellink.parallel.memory_meter import MemoryMeter
+from modellink.parallel.topology import Topology
+from modellink.train.engine import Engine
+
+ROOT = Path(__file__).resolve().parents[1]
+FULL: dict[str, Any] = {"recompute_granularity": "full"}
+BLOCK = FULL | {"recompute_method": "block"}
+TP: dict[str, Any] = {"tensor_parallel": 2}
+
+
+def modules(*names: str) -> dict[str, Any]:
+    return {"recompute_granularity": "selective", "recompute_modules": list(names)}
+
+
+# another row is another pair here; each starts as many processes as its layout needs
+MODES: list[tuple[str, dict[str, Any]]] = [
+    ("none", {}),
+    ("selective (core_attn)", modules("core_attn")),
+    ("modules layernorm", modules("layernorm")),
+    ("activation function", {"recompute_activation_function": True}),
+    ("modules layernorm, mlp_act", modules("layernorm", "mlp_act")),
+    ("modules mlp", modules("mlp")),
+    ("operators", {"recompute_granularity": "operators"}),
+    ("block 2", BLOCK | {"recompute_num_layers": 2}),
+    ("block 4", BLOCK | {"recompute_num_layers": 4}),
+    ("block 4, activation function", BLOCK | {"recompute_num_layers": 4, "recompute_activation_function": True}),
+    ("uniform 1", FULL),
+    ("uniform 2", FULL | {"recompute_num_layers": 2}),
+    ("tensor 2: none", TP),
+    ("tensor 2: uniform 1", TP | FULL),
+    ("tensor 2: uniform 1, inputs shared", TP | FULL | {"distribute_saved_activations": True}),
+]
+
+
+def measure(sizes: argparse.Namespace, options: dict[str, Any]) -> dict[str, float]:
+    """kept and peak in MiB, step in seconds."""
+    model = ModelConfig(
+        num_layers=sizes.layers, hidden_size=sizes.hidden, num_attention_heads=8, num_key_value_heads=8,
+        ffn_hidden_size=sizes.hidden * 11 // 4, padded_vocab_size=2048, max_position_embeddings=sizes.sequence,
+        normalization="RMSNorm", activation="silu", gated_mlp=True, qkv_bias=False, attention_output_bias=False,
+        mlp_bias=False, position_embedding="rope", attention_dropout=0.0, hidden_dropout=0.0,
+    ).resolve()  # fmt: skip
+    parallel = ParallelConfig(**options)
+    config = Config(model=model, parallel=parallel)
+    here = device.current_device()
+    built = build_model(model, parallel, Topology(parallel), here, torch.float32, seed=1)
+    engine = Engine(built, config)
+    tokens = torch.arange(sizes.rows * sizes.sequence, device=here).view(sizes.rows, -1) % model.padded_vocab_size
+    batch = {"tokens": tokens, "labels": tokens.roll(-1, 1)}
+    seconds = []
+    for _ in range(sizes.repeats):
+        engine.optimizer.zero_grad()
+        device.synchronize()
+        begin = time.perf_counter()
+        engine.forward_backward(batch, sizes.rows)
+        device.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    engine.optimizer.zero_grad()
+    kept: list[int] = []
+    with MemoryMeter([parameter for _, parameter in built.named_parameters()]) as meter:
+        before = meter.live
+        built.chunks[0].norm.register_forward_pre_hook(lambda *_: kept.append(meter.live - before))
+        engine.forward_backward(batch, sizes.rows)
+        peak = meter.peak - before
+    return {"kept": kept[0] / 2**20, "peak": peak / 2**20, "seconds": min(seconds)}
+
+
+def _rank(rank: int, sizes: argparse.Namespace, options: dict[str, Any], folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.set_num_threads(1)
+    dist.init_process_group(device.backend(), init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    found = measure(sizes, options)
+    if rank == 0:
+        torch.save(found, f"{folder}/found.pt")
+    dist.destroy_process_group()
+
+
+def run(sizes: argparse.Namespace, options: dict[str, Any]) -> dict[str, float]:
+    if options.get("tensor_parallel", 1) == 1:
+        return measure(sizes, options)
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_rank, (sizes, options, folder), nprocs=2)
+        found: dict[str, float] = torch.load(f"{folder}/found.pt", weights_only=True)
+        return found
+
+
+def draw(results: dict[str, dict[str, float]], target: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    alone = {name: row for name, row in results.items() if not name.startswith("tensor")}
+    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    base = alone["none"]
+    order = sorted(alone, key=lambda name: alone[name]["seconds"])
+    for number, name in enumerate(order):
+        row = alone[name]
+        x, y = row["seconds"] / base["seconds"], row["peak"]
+        axes.scatter(x, y, s=60, zorder=3)
+        above = number % 2 == 0
+        axes.annotate(
+            name, (x, y), xytext=(4, 9 if above else -15), textcoords="offset points", fontsize=8.5, ha="left"
+        )
+    axes.set_xlabel("step time, relative to no recomputation")
+    axes.set_ylabel("peak beyond weights, MiB")
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.18)
+    axes.grid(alpha=0.3)
+    axes.set_title("Memory against time of each kind of recomputation")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=130)
+
+
+def write(results: dict[str, dict[str, float]], sizes: argparse.Namespace, target: Path) -> None:
+    about = (
+        f"{sizes.layers} layers, D {sizes.hidden}, S {sizes.sequence}, B {sizes.rows}, float32, {device.device_name()}, "
+        f"torch {torch.__version__}, {sizes.threads} thread(s), fastest of {sizes.repeats}"
+    )
+    lines = ["# Activation memory of each kind of recomputation", "", about + ".", ""]
+    lines += ["| mode | kept by layers, MiB | peak, MiB | step, s | time |", "|---|---|---|---|---|"]
+    table = Table("mode", "kept MiB", "peak MiB", "step s", "time", title=about)
+    for name, row in results.items():
+        base = results["tensor 2: none" if name.startswith("tensor") else "none"]
+        cells = [f"{row['kept']:.1f}", f"{row['peak']:.1f}", f"{row['seconds']:.2f}"]
+        cells.append(f"{row['seconds'] / base['seconds']:.2f} x")
+        table.add_row(name, *cells)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", "Made by `python benchmarks/activation_memory.py`, whose first lines say what is measured.", ""]
+    Console(width=120).print(table)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text("\n".join(lines), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = (("layers", 8), ("hidden", 512), ("sequence", 1024), ("rows", 2), ("repeats", 3), ("threads", 1))
+    for name, default in sizes:
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--image", type=Path, default=ROOT / "docs" / "images" / "activation-memory.png")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    modes = track(MODES, description="modes")
+    results = {name: run(arguments, options) for name, options in modes}
+    today = datetime.now(UTC).date().isoformat()
+    write(results, arguments, arguments.output / f"{today}-activation-memory-{device.device_type()}.md")
+    draw(results, arguments.image)
+
+
+if __name__ == "__main__":
+    main()
