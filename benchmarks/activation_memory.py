@@ -146,8 +146,8 @@ def draw(results: dict[str, dict[str, float]], target: Path) -> None:
 
 def write(results: dict[str, dict[str, float]], sizes: argparse.Namespace, target: Path) -> None:
     about = (
-        f"{sizes.layers} layers, D {sizes.hidden}, S {sizes.sequence}, B {sizes.rows}, float32, {device.device_name()}, "
-        f"torch {torch.__version__}, {sizes.threads} thread(s), fastest of {sizes.repeats}"
+        f"{sizes.layers} layers, D {sizes.hidden}, S {sizes.sequence}, B {sizes.rows}, float32, "
+        f"{device.device_name()}, torch {torch.__version__}, {sizes.threads} thread(s), fastest of {sizes.repeats}"
     )
     lines = ["# Activation memory of each kind of recomputation", "", about + ".", ""]
     lines += ["| mode | kept by layers, MiB | peak, MiB | step, s | time |", "|---|---|---|---|---|"]

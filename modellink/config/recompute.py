@@ -28,7 +28,7 @@ def check_recompute(resolved: ResolvedConfig) -> None:
     _activation_function(resolved)
     _automatic(resolved)
     whole = kind in ("full", "operators") or parallel.recompute_layers
-    if parallel.distribute_saved_activations and parallel.auto_recompute_device_size < 0:
+    if parallel.distribute_saved_activations:
         why = "nothing is recomputed whole" if not whole else None
         why = "--sequence-parallel shards them already" if parallel.sequence_parallel else why
         why = "there is one tensor-parallel rank" if parallel.tensor_parallel == 1 else why
@@ -122,6 +122,10 @@ def _automatic(resolved: ResolvedConfig) -> None:
     for path in chosen:
         if resolved.get(path):
             raise ModelLinkError(f"{given} chooses what is recomputed: leave out {spell(path, resolved.get(path))}.")
+    if parallel.distribute_saved_activations:
+        raise ModelLinkError(f"{given} and --distribute-saved-activations exclude each other: leave one out.")
+    if parallel.swap_attention:
+        raise ModelLinkError(f"{given} and --swap-attention exclude each other: leave one out.")
     if parallel.compile:
         raise ModelLinkError(f"{given} changes layers while the run goes on, --compile fixes them: leave one out.")
     steps = resolved.config.train.train_iters

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -219,4 +220,4 @@ class Decoder(nn.Module):
 
 
 def _bind(layer: nn.Module, **context: object) -> LayerCall:
-    return lambda x: layer(x, **context)
+    return partial(layer, **context)

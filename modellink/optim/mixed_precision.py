@@ -387,17 +387,22 @@ class MixedPrecisionOptimizer:
         states = [tensor for _, _, state in self._all_states() for tensor in state.tensors()]
         return [*self._masters.values(), *self._remainders.values()], states
 
-    def bytes_per_parameter(self) -> dict[str, float]:
-        """Measured bytes per local parameter, from storage sizes: weights, gradients, masters, moments."""
+    def held_tensors(self) -> dict[str, list[Tensor]]:
+        """What lives from step to step: weights, gradients (where there are any now), masters, moments."""
+        masters, states = self.state_tensors()
         params: list[Tensor] = list(self._params.values())
         gradients = [grad for param in params for grad in (param.grad, main_gradient_of(param))]
-        tensors: dict[str, list[Tensor]] = {
+        return {
             "weights": params,
             "gradients": [grad for grad in gradients if grad is not None],
+            "masters": masters,
+            "moments": states,
         }
-        tensors["masters"], tensors["moments"] = self.state_tensors()
-        count = max(1, sum(local_tensor(param).numel() for param in params))
-        return {what: _storage_bytes(items) / count for what, items in tensors.items()}
+
+    def bytes_per_parameter(self) -> dict[str, float]:
+        """Measured bytes per local parameter, from storage sizes: weights, gradients, masters, moments."""
+        count = max(1, sum(local_tensor(param).numel() for param in self._params.values()))
+        return {what: _storage_bytes(items) / count for what, items in self.held_tensors().items()}
 
     def state_bytes_per_parameter(self) -> float:
         """Measured bytes per local parameter that the optimizer itself holds: masters (or remainders) and moments."""

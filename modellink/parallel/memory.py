@@ -14,6 +14,7 @@ microseconds. Legend: B micro-batch, S sequence, D hidden, H query heads, G KV h
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from modellink.config.swap import swapped_modules
 from modellink.config.validate import layout_problem
 from modellink.errors import ModelLinkError
 from modellink.models.count import layer_parameters, outer_parameters
+from modellink.parallel.recompute_plan import LAYER, OPERATORS, recompute_plan
 
 # bytes of states a parameter, at least (scales, and what Muon leaves to AdamW, come on top)
 MOMENTS = {"adam": 8, "adamw8bit": 2, "cadam": 2, "muon": 4, "sgd": 4}
@@ -75,6 +77,7 @@ class _Layout:
         self.shards = self.copies // self.parallel.data_parallel_replicas if self.zero else 1
         self.experts = (self.model.num_experts or 0) // self.parallel.expert_parallel  # on one rank
         self.item = 4 if self.optimizer.dtype == "float32" else 2
+        self._known: dict[tuple[bool, frozenset[str]], int] = {}
         self.rows = config.train.micro_batch_size or 1
         self.length = (config.data.seq_length or 1) // self.parallel.context_parallel
         batch = config.train.global_batch_size or self.rows * self.data
@@ -151,17 +154,21 @@ class _Layout:
         width = (4 if self.model.fp32_residual else self.item) * self.model.hidden_size
         return self.rows * self.length * width // (self.tensor if self.parallel.sequence_parallel else 1)
 
-    def layer_activations(self, layer: int) -> int:
-        """Bytes that `layer` keeps on the device for one micro-batch without recomputation."""
+    def layer_activations(self, layer: int, drops: frozenset[str] = frozenset()) -> int:
+        """Bytes that `layer` keeps on the device for one micro-batch, at least, when it recomputes `drops`."""
         model, item = self.model, self.item
         tokens, tensor = self.rows * self.length, self.tensor
         between = tensor if self.parallel.sequence_parallel else 1
         query, key_value = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
         inside = self._norm_keeps() * model.hidden_size
         stays = [name for name in self.held_modules if name in ("self_attn", "mlp")]
+        operators = OPERATORS in drops  # of norms nothing stays, of the rest about the results of products
+        if "layernorm" in drops:
+            inside = min(inside, item * model.hidden_size)
         norms = (len(self.held_modules) - len(stays)) * inside // between + len(stays) * item * model.hidden_size
         if model.multi_head_latent_attention:  # query and key, value and output; the latents are small
-            heads = item * 2 * (query + model.num_attention_heads * model.v_head_dim)
+            value = item * model.num_attention_heads * model.v_head_dim
+            heads = value if "mla_up_proj" in drops else 2 * (item * query + value)
         else:
             heads = item * 2 * (query + key_value) + self._norm_keeps() * (query + key_value) * model.qk_norm
         width, routed = model.ffn_hidden_size, 0
@@ -169,13 +176,26 @@ class _Layout:
             width = (model.router_topk + model.n_shared_experts) * model.moe_ffn_hidden_size
             routed = 2 * item * model.router_topk * model.hidden_size  # a copy for every choice, in and out
         mlp = item * width * (4 if model.gated_mlp else 2)
+        sparse = model.layer_has_experts(layer)
+        if operators or ("moe_act" if sparse else "mlp_act") in drops:
+            mlp //= 2  # what the activation and the product make
+        if ("moe" if sparse else "mlp") in drops:
+            mlp = routed = 0
+        if operators:
+            norms, routed, heads = item * model.hidden_size // between, routed // 2, heads - heads // 4
         dropout = 2 * model.hidden_size // between if model.hidden_dropout else 0
         if "self_attn" not in stays:
             heads = 0
         if "mlp" not in stays:
             mlp = routed = 0
         per_token = norms + (heads + mlp) // tensor + routed + dropout
-        return tokens * per_token + self._scores()
+        return tokens * per_token + (0 if operators or "core_attn" in drops else self._scores())
+
+    def _kept(self, layer: int, drops: frozenset[str]) -> int:
+        kind = (self.model.layer_has_experts(layer), drops)
+        if kind not in self._known:
+            self._known[kind] = self.layer_activations(layer, drops)
+        return self._known[kind]
 
     def _norm_keeps(self) -> int:
         """Bytes per channel that a norm keeps besides its output: fp32 input and normalised values (RMSNorm)."""
@@ -186,7 +206,7 @@ class _Layout:
     def _scores(self) -> int:
         """Bytes of attention scores where a soft cap or sinks keep them (capped, softmax, cast); kernels keep none."""
         fused = self.model.attention_logit_softcap is None and not self.model.attention_sinks
-        if fused or self.parallel.recompute_granularity == "selective" or "self_attn" not in self.held_modules:
+        if fused or "self_attn" not in self.held_modules:
             return 0
         context = self.parallel.context_parallel
         if context > 1 and self.parallel.context_parallel_algo in ("megatron_cp_algo", "hybrid_cp_algo"):
@@ -197,23 +217,30 @@ class _Layout:
     def activations(self, stage: int) -> int:
         """Bytes that autograd keeps on `stage` when most micro-batches are under way, and the logits there."""
         parallel, least = self.parallel, self.layer_input()
+        if parallel.distribute_saved_activations and not parallel.sequence_parallel:
+            least //= self.tensor
+        layers = self.layers_at(stage)
+        chunks = [self.layers[chunk] for chunk in self.held(stage)]
+        plan = recompute_plan(parallel, chunks, stage, self.model.num_layers or 0)
+        each = at_work = start = 0
         whole = self.each(stage, self.layer_activations)
-        if parallel.recompute_granularity != "full":
-            each, at_work = int(whole.sum()), 0
-        elif parallel.recompute_method == "block":
-            count = len(whole) if parallel.recompute_num_layers is None else parallel.recompute_num_layers
-            each = min(count, len(whole)) * least + int(whole[count:].sum())
-            at_work = int(whole[:count].max(initial=0))
-        else:
-            size = parallel.recompute_num_layers or 1
-            each = math.ceil(len(whole) / size) * least
-            at_work = int(np.add.reduceat(whole, np.arange(0, len(whole), size)).max())
-        kept = int(each * self._under_way(stage)) + at_work
+        for span in itertools.chain.from_iterable(plan):
+            group = slice(start, start + span.layers)
+            if LAYER in span.drops:
+                each += least
+                at_work = max(at_work, int(whole[group].sum()))
+            elif span.drops:
+                each += sum(self._kept(int(layer), span.drops) for layer in layers[group])
+            else:
+                each += int(whole[group].sum())
+            start += span.layers
+        logits = 0
         if self.ends(stage)[1]:
             tokens = self.rows * math.ceil(self.length / parallel.output_layer_slice_num)
             logits = tokens * (self.model.padded_vocab_size or 0) // self.tensor
-            kept += logits * (2 * self.item + 8)  # with their gradient; log-softmax and its gradient in fp32
-        return kept
+            logits *= 2 * self.item + 8  # with their gradient; log-softmax and its gradient in fp32
+        # logits are gone when the first layer is rebuilt
+        return int(each * self._under_way(stage)) + max(at_work, logits)
 
     def _under_way(self, stage: int) -> float:
         """Micro-batches whose activations `stage` holds at once, in whole-stage units."""
@@ -250,6 +277,9 @@ def _with(resolved: ResolvedConfig, world_size: int, micro_batch: int, values: d
     if parallel.tensor_parallel != now.tensor_parallel:
         parallel.sequence_parallel = True
     if parallel.recompute_granularity == "full":
+        parallel.recompute_modules = parallel.recompute_layers = None
+        parallel.recompute_activation_function &= now.recompute_granularity == "full"
+        parallel.auto_recompute_device_size = -1
         parallel.recompute_method = parallel.recompute_method or "uniform"
         parallel.recompute_num_layers = parallel.recompute_num_layers or 1
     if parallel.pipeline_parallel != now.pipeline_parallel:

@@ -3,7 +3,7 @@
 On an accelerator the allocator counts. On a CPU, where the size of the process says little about tensors, every storage
 that an operator makes is followed from its first appearance to its end by a weak reference: weights, gradients,
 optimizer states, activations, and what operators hold for a moment between themselves. Both count what is alive, so
-that differences and peaks mean the same.
+that differences and peaks mean the same. (`meter.Meter` counts operations of one piece of code, and what it sends.)
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_leaves
 
 from modellink import device
@@ -30,7 +30,7 @@ class _StorageMeter(TorchDispatchMode):
         self._references: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(not issubclass(kind, torch.nn.Parameter) and kind is not Tensor for kind in types):
+        if any(is_traceable_wrapper_subclass_type(kind) for kind in types):
             return NotImplemented  # a sharded tensor takes itself apart; its parts come by again
         found = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(found):
@@ -39,7 +39,7 @@ class _StorageMeter(TorchDispatchMode):
         return found
 
     def see(self, tensor: Tensor) -> None:
-        if tensor.device.type == "meta":
+        if tensor.device.type == "meta" or device.is_host_buffer(tensor):
             return
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
@@ -50,14 +50,14 @@ class _StorageMeter(TorchDispatchMode):
             self._sizes[key] = size
             self.live += size - (known or 0)
         if self.live > self.peak:
-            self._settle()
+            self.settle()
             self.peak = max(self.peak, self.live)
 
     def _forget(self, key: int) -> None:
         self.live -= self._sizes.pop(key)
         del self._references[key]
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Sharded data parallelism empties storages that stay alive: look at each again before a peak is believed."""
         for key, reference in list(self._references.items()):
             storage = reference()
@@ -75,6 +75,10 @@ class MemoryMeter:
 
     def __init__(self, held: Iterable[Tensor] = ()) -> None:
         self._storages = None if device.is_accelerated() else _StorageMeter()
+        self.hold(held)
+
+    def hold(self, held: Iterable[Tensor]) -> None:
+        """Count these as well."""
         if self._storages is not None:
             for tensor in held:
                 self._storages.see(tensor)
@@ -92,7 +96,10 @@ class MemoryMeter:
     @property
     def live(self) -> int:
         """Bytes held now."""
-        return device.memory_stats().allocated if self._storages is None else self._storages.live
+        if self._storages is None:
+            return device.memory_stats().allocated
+        self._storages.settle()
+        return self._storages.live
 
     @property
     def peak(self) -> int:
@@ -104,4 +111,4 @@ class MemoryMeter:
         if self._storages is None:
             device.reset_peak_memory()
         else:
-            self._storages.peak = self._storages.live
+            self._storages.peak = self.live

@@ -132,27 +132,27 @@ class RunSpans:
         return x_BSD
 
 
-def _runner(wanted: bool, owner: nn.Module | None = None, **options: Any) -> Runner:
-    return Recomputed(owner, **options) if wanted else run_plainly
-
-
-def _drop_inside(layer: DecoderLayer, drops: frozenset[str]) -> None:
-    """Give the parts of `layer` the runners that `drops` asks for."""
+def drop_inside(layer: DecoderLayer, drops: frozenset[str], make: Callable[..., Runner] = Recomputed) -> None:
+    """Give the parts of `layer` the runners that `drops` asks for, each from `make`."""
     attention, mlp = layer.self_attn, layer.mlp
+
+    def runner(wanted: bool, owner: nn.Module | None = None, **options: Any) -> Runner:
+        return make(owner, **options) if wanted else run_plainly
+
     latent = isinstance(attention, LatentAttention) and "mla_up_proj" in drops
-    attention.core_runner = _runner("core_attn" in drops and not latent, attention.core)
+    attention.core_runner = runner("core_attn" in drops and not latent, attention.core)
     if isinstance(attention, LatentAttention):
         # what attention makes is kept unless it is to go as well
         policy = None if "core_attn" in drops else keep_attention
-        attention.heads_runner = _runner(latent, attention, policy=policy)
-    layer.norm_runner = _runner("layernorm" in drops)
+        attention.heads_runner = runner(latent, attention, policy=policy)
+    layer.norm_runner = runner("layernorm" in drops)
     sparse = isinstance(mlp, MoE)
     whole = ("moe" if sparse else "mlp") in drops
-    layer.mlp_runner = _runner(whole)
+    layer.mlp_runner = runner(whole)
     activation = ("moe_act" if sparse else "mlp_act") in drops and not whole
     for part in (mlp.experts, mlp.shared_experts) if isinstance(mlp, MoE) else (mlp,):
         if part is not None:
-            part.output_runner = _runner(activation, part)
+            part.output_runner = runner(activation, part)
 
 
 def recomputes_products(model: Decoder) -> bool:
@@ -170,6 +170,6 @@ def apply_recompute(model: Decoder, plan: Sequence[Span], shared: SharedInputs |
     layers: Any = iter(model.layers.values())
     for span in plan:
         for _ in range(span.layers):
-            _drop_inside(next(layers), span.drops)
+            drop_inside(next(layers), span.drops)
     plain = all(not span.drops & {LAYER, OPERATORS} for span in plan)
     model.run_layers = run_layers_plainly if plain else RunSpans(tuple(plan), shared)

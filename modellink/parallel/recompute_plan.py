@@ -87,6 +87,8 @@ def spell_layers(drops: Sequence[frozenset[str]]) -> list[str]:
 
 def recompute_plan(parallel: ParallelConfig, chunks: Sequence[Sequence[int]], stage: int, layers: int) -> Plan:
     """The plan of pipeline rank `stage`, whose chunks hold these layers (global numbers) of all `layers`."""
+    if parallel.auto_recompute_device_size > 0:  # until it is chosen
+        return tuple((Span(1, frozenset((LAYER,))),) * len(chunk) for chunk in chunks)
     if parallel.recompute_layers:
         drops = parse_layers(parallel.recompute_layers, layers)
         return tuple(tuple(Span(1, drops[layer]) for layer in chunk) for chunk in chunks)

@@ -6,6 +6,7 @@ are sums over tokens divided by the token count of the *global* batch before bac
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,8 @@ from modellink.optim.muon import MixedPrecisionMuon
 from modellink.optim.scaler import LossScaler
 from modellink.optim.sgd import MixedPrecisionSGD
 from modellink.parallel.apply import ParallelModel
+from modellink.parallel.auto_recompute import AutoRecompute
+from modellink.parallel.recompute_choice import OUTSIDE
 from modellink.parallel.replicate import ReplicatedGradients
 from modellink.train.losses import IGNORED, cross_entropy_sum, token_cross_entropy
 from modellink.train.sliced_losses import SlicedLosses
@@ -133,6 +136,9 @@ class Engine:
         self.device = next(model.chunks[0].parameters()).device
         self.optimizer = build_optimizer(model, config.optimizer)
         self.scaler = build_scaler(config.optimizer)
+        self.auto: AutoRecompute | None = None
+        if config.parallel.auto_recompute_device_size > 0:
+            self.auto = AutoRecompute(model.chunks, config.parallel, self.topology.coordinate("pp"), self.held)
         vocabulary_group = self.topology.group("tp")
         vocab_size: Any = config.model.vocab_size or config.model.padded_vocab_size
         self.loss = loss or (lambda logits, labels: cross_entropy_sum(logits, labels, vocab_size, vocabulary_group))
@@ -165,6 +171,10 @@ class Engine:
 
     def _extra(self, batch: Batch) -> Batch:
         return {name: batch[name] for name in self._inputs if name in batch}
+
+    def held(self) -> Iterator[Tensor]:
+        """Local tensors that live from step to step."""
+        return (local_tensor(tensor) for tensors in self.optimizer.held_tensors().values() for tensor in tensors)
 
     def _token_count(self, labels_BS: Tensor) -> Tensor:
         """fp32 scalar: tokens with a label in the global batch, at least 1."""
@@ -313,9 +323,12 @@ class Engine:
 
     def step(self, batch: Batch, micro_batch_size: int) -> StepResult:
         """One whole optimizer step on this rank's rows of the global batch."""
-        loss = self.forward_backward(batch, micro_batch_size)
-        self.reduce_gradients()
-        norm, skipped, zeros = self.update()
+        with self.auto.watch() if self.auto is not None else contextlib.nullcontext():
+            loss = self.forward_backward(batch, micro_batch_size)
+            self.reduce_gradients()
+            if self.auto is not None:
+                self.auto.segment(OUTSIDE)
+            norm, skipped, zeros = self.update()
         return StepResult(loss, norm, skipped, zeros, self.auxiliary_losses())
 
     @torch.no_grad()

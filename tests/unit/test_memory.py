@@ -15,6 +15,7 @@ from modellink.models.count import count_parameters, layer_parameters, outer_par
 from modellink.models.decoder import Decoder
 from modellink.parallel.apply import build_model
 from modellink.parallel.memory import check_memory, estimate_memory, nearest_fit
+from modellink.parallel.memory_meter import MemoryMeter
 from modellink.parallel.plan import split_dimension
 from modellink.parallel.topology import Topology
 from modellink.train.engine import Engine
@@ -78,6 +79,37 @@ def test_the_estimate_is_close_to_what_is_held(monkeypatch: pytest.MonkeyPatch, 
     item = 2 if precision == "--bf16" else 4
     beside = 4 * 128 * resolved.config.model.padded_vocab_size * (2 * item + 4)
     assert 0.88 * activations <= estimate.activations - beside <= 1.02 * activations
+
+
+KINDS = [
+    "--recompute-granularity full", "--recompute-granularity full --recompute-num-layers 2",
+    "--recompute-granularity full --recompute-method block --recompute-num-layers 1", "--recompute-activation-function",
+    "--recompute-granularity operators", "--recompute-modules layernorm", "--recompute-modules layernorm mlp moe",
+    "--recompute-modules core_attn mla_up_proj moe_act mlp_act", "--recompute-layers 0:layer",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", ["tiny-llama", "tiny-mixtral"])
+def test_kinds_of_recomputation_are_estimated_from_below(monkeypatch: pytest.MonkeyPatch, preset: str) -> None:
+    tokens = torch.randint(0, 100, (8, 128))
+    found, ratios = {}, {}
+    for kind in ["", *KINDS]:
+        resolved = resolve(monkeypatch, 1, "--model", preset, "--global-batch-size", "8", *kind.split())
+        config = resolved.config
+        topology = Topology(config.parallel, 1)
+        engine = Engine(
+            build_model(config.model, config.parallel, topology, torch.device("cpu"), torch.float32, 1), config
+        )
+        with MemoryMeter(engine.held()) as meter:
+            before = meter.live
+            engine.forward_backward({"tokens": tokens, "labels": tokens}, 4)
+            peak = meter.peak - before
+        estimate = estimate_memory(resolved)
+        found[kind] = estimate.activations
+        ratios[kind] = (estimate.activations + estimate.gradients) / peak
+    assert all(0.5 < ratio <= 1.02 for ratio in ratios.values()), ratios
+    plain = found.pop("")
+    assert all(size < plain for kind, size in found.items() if "core_attn" not in kind)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

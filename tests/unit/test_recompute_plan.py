@@ -109,6 +109,14 @@ FULL = ["--recompute-granularity", "full"]
         (["--recomputation-layer-num", "3", "0", *PIPELINE], 2, ["from 0 to the layers there (2 2)"]),
         (["--recompute-activation-function", *FULL], 1, ["--recompute-activation-function", "uniform", "block"]),
         (["--recompute-activation-function", "--recompute-activations"], 1, ["selective", "exclude"]),
+        (["--auto-recompute-device-size", "0"], 1, ["--auto-recompute-device-size 0", "above 0"]),
+        (
+            ["--auto-recompute-device-size", "9", "--auto-recompute-profiling-step", "4"],
+            1,
+            ["--auto-recompute-profiling-step 4", "5 or more"],
+        ),
+        (["--auto-recompute-device-size", "9", *FULL], 1, ["leave out --recompute-granularity full"]),
+        (["--auto-recompute-device-size", "9", "--compile"], 1, ["--compile"]),
     ],
 )
 def test_contradictions(flags: list[str], world: int, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,6 +138,7 @@ def test_contradictions(flags: list[str], world: int, words: list[str], monkeypa
             2,
             "shards them already",
         ),
+        (["--auto-recompute-device-size", "9", "--auto-recompute-profiling-step", "20"], 1, "ends before"),
     ],
 )
 def test_without_effect(flags: list[str], world: int, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
