@@ -176,10 +176,11 @@ class AutoRecompute:
         if isinstance(layer, FSDPModule):
             layer.unshard()
         random = device.rng_state()
-        for drops in ways_of(layer):  # type: ignore[arg-type]
-            parts, outputs = str(Span(1, drops)), []
+        for drops in ways_of(layer):
+            parts = str(Span(1, drops))
+            outputs: list[Tensor] = []
             noted = partial(_Noted, outputs)
-            drop_inside(layer, drops, noted)  # type: ignore[arg-type]
+            drop_inside(layer, drops, noted)
             run = partial(layer.forward, **call.keywords)
             policy = keep_expensive if OPERATORS in drops else None
             whole = bool(drops & {LAYER, OPERATORS})

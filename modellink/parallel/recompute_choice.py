@@ -78,7 +78,8 @@ def worst(profiles: list[StageProfile]) -> StageProfile:
 
 def _steps(profile: LayerProfile) -> list[tuple[float, str]]:
     """Ways of one layer on the convex hull of (bytes, seconds) from "everything" on, with seconds saved per byte."""
-    here, found = LAYER, []
+    here = LAYER
+    found: list[tuple[float, str]] = []
     while True:
         slopes = [
             ((profile.seconds[here] - profile.seconds[parts]) / max(size - profile.kept[here], 1), -size, parts)
