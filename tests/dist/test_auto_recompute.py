@@ -60,7 +60,7 @@ def cases(rank: int, world_size: int) -> list[Any]:
         most, least = peaks.tolist()
         auto = {"auto_recompute_profiling_step": STEPS}
         found.append({"model": model, "most": most, "least": least, "plain": plain, "runs": {}})
-        sizes = (int(least) + 2, int(most) + 2) if model == "llama" else (int(least) + 2,)
+        sizes = (int(least) + 2, int(1.5 * most)) if model == "llama" else (int(least) + 2,)
         for size in sizes:
             found[-1]["runs"][size] = run(model, layout | auto | {"auto_recompute_device_size": size})
         try:
