@@ -131,9 +131,24 @@ def train(model: str, parallel: dict[str, Any], micro_batch: int = 1, **optimize
     return train_config(config, micro_batch, packed=kind == "packed")
 
 
+SIZES = (
+    "tensor_parallel", "pipeline_parallel", "context_parallel", "expert_parallel", "data_parallel_replicas",
+    "zero_stage", "distributed_optimizer",
+)  # fmt: skip
+TOPOLOGIES: dict[tuple[Any, ...], Topology] = {}
+
+
+def topology_of(parallel: ParallelConfig) -> Topology:
+    """One topology for all cases of the same sizes: its groups keep threads, which a hundred cases would pile up."""
+    key = tuple(getattr(parallel, name) for name in SIZES)
+    if key not in TOPOLOGIES:
+        TOPOLOGIES[key] = Topology(parallel)
+    return TOPOLOGIES[key]
+
+
 def train_config(config: Config, micro_batch: int, packed: bool) -> dict[str, Any]:
     """The same of a whole configuration."""
-    topology = Topology(config.parallel)
+    topology = topology_of(config.parallel)
     dtype = getattr(torch, config.optimizer.dtype)
     gradients = getattr(torch, config.optimizer.gradient_dtype)
     built = build_model(config.model, config.parallel, topology, torch.device("cpu"), dtype, 7, gradients)

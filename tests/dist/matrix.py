@@ -21,7 +21,7 @@ from modellink.config.load import load_config
 from modellink.config.resolved import ResolvedConfig
 from modellink.errors import ModelLinkError
 
-FEW, MANY = 4, 8  # processes that the rows of the fast suite, and of all pairs, may take
+RANKS = 4  # processes that a row may take
 BASE = (
     f"--seq-length {SEQUENCE} --micro-batch-size 1 --global-batch-size {ROWS} --train-iters 3 --mock-data "
     "--lr 1e-3 --weight-decay 0.1 --clip-grad 0.5 --adam-eps 1e-5"
@@ -170,17 +170,17 @@ def resolve(row: Row) -> ResolvedConfig | str:
             os.environ["WORLD_SIZE"] = before
 
 
-def exists(row: Row, ranks: int = MANY) -> bool:
-    return ranks_of(row) <= ranks and not isinstance(resolve(row), str)
+def exists(row: Row) -> bool:
+    return ranks_of(row) <= RANKS and not isinstance(resolve(row), str)
 
 
-def supported(features: Iterable[Feature], ranks: int = MANY) -> Row | None:
+def supported(features: Iterable[Feature]) -> Row | None:
     """The smallest row with these features that exists: as they are, or with up to three companions."""
     features = row_of(features)
     free = [each for each in COMPANIONS if each[0] not in dict(features)]
     for count in range(4):
         for more in itertools.combinations(free, count):
-            if len({axis for axis, _ in more}) == count and exists(row_of((*features, *more)), ranks):
+            if len({axis for axis, _ in more}) == count and exists(row_of((*features, *more))):
                 return row_of((*features, *more))
     return None
 
@@ -192,7 +192,7 @@ def pairs_of(row: Row) -> Iterator[tuple[Feature, Feature]]:
             yield pair
 
 
-def _grown(row: Row, gain: Callable[[Row], int], ranks: int) -> Row:
+def _grown(row: Row, gain: Callable[[Row], int]) -> Row:
     """`row` with a value of every other axis that adds to `gain`, while that exists."""
     for axis, values in AXES.items():
         if axis in dict(row) or axis == "precision":
@@ -200,7 +200,7 @@ def _grown(row: Row, gain: Callable[[Row], int], ranks: int) -> Row:
         best = row
         for value in values:
             longer = row_of((*row, (axis, value)))
-            if gain(longer) > gain(best) and exists(longer, ranks):
+            if gain(longer) > gain(best) and exists(longer):
                 best = longer
         row = best
     return row
@@ -226,25 +226,8 @@ def refused() -> dict[tuple[Feature, Feature], str]:
     return found
 
 
-def covering() -> list[Row]:
-    """Rows in which every pair of features that exists occurs at least once."""
-    wanted = {pair for pair in itertools.combinations(ALL, 2) if pair[0][0] != pair[1][0]}
-
-    def gain(row: Row) -> int:
-        return sum(pair in wanted for pair in pairs_of(row))
-
-    rows = []
-    for pair in sorted(wanted, key=lambda pair: tuple(ALL.index(feature) for feature in pair)):
-        row = supported(pair) if pair in wanted else None
-        if row is not None:
-            row = _grown(row, gain, MANY)
-            wanted.difference_update(pairs_of(row))
-            rows.append(row)
-    return rows
-
-
-def mixtures(at_least: int = 1) -> list[Row]:
-    """A few rows of few processes: every pair of axes occurs in one of them, and every feature in `at_least`."""
+def mixtures(at_least: int) -> list[Row]:
+    """Rows in which every pair of axes occurs once, and every feature `at_least` times."""
 
     def axes(row: Row) -> set[tuple[str, str]]:
         return {(one[0], other[0]) for one, other in pairs_of(row)}
@@ -262,7 +245,7 @@ def mixtures(at_least: int = 1) -> list[Row]:
         while missing[one] if other is None else (one[0], other[0]) in missing_axes:
             # a row that was there already proves nothing new: another value beside the feature must
             seeds = [(one, beside) for beside in ALL if beside[0] != one[0]] if other is None else [(one, other)]
-            grown = (_grown(row, gain, FEW) for row in (supported(seed, FEW) for seed in seeds) if row is not None)
+            grown = (_grown(row, gain) for row in (supported(seed) for seed in seeds) if row is not None)
             row = next((row for row in grown if row not in rows), None)
             if row is None:
                 break
