@@ -1,13 +1,14 @@
-"""Activation memory and step time of each kind of recomputation, on one model.
+"""Activation memory and step time of each kind of recomputation and offloading, on one model.
 
     python benchmarks/activation_memory.py [--layers 8] [--hidden 512] [--sequence 1024] [--rows 2] [--repeats 3]
 
 "kept" is what all layers hold for backward when the last of them has run; "peak" the most that is held at once beyond
 weights and gradients that wait (activations, gradients of this batch as they come, and what operators hold for a
 moment). Both are measured: on a CPU by following every storage, on an accelerator by its allocator. Gradients are
-dropped before each batch and nothing is updated. Times are the fastest of the repeats, without the meter. Modes that
-need tensor parallelism run in two processes, beside the plain layout of those. Results go to benchmarks/results/
-(Markdown) and docs/images/activation-memory.png.
+dropped before each batch and nothing is updated. Times are
+the fastest of the repeats, without the meter; on a CPU they are processor time, which other programs change little.
+Modes that need tensor parallelism run in two processes, beside the plain layout of those. Results go to
+benchmarks/results/ (Markdown) and docs/images/activation-memory.png.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from modellink.train.engine import Engine
 ROOT = Path(__file__).resolve().parents[1]
 FULL: dict[str, Any] = {"recompute_granularity": "full"}
 BLOCK = FULL | {"recompute_method": "block"}
+SWAP_ALL = "input_layernorm,self_attention,post_attention_layernorm,mlp"
 TP: dict[str, Any] = {"tensor_parallel": 2}
 
 
@@ -58,6 +60,11 @@ MODES: list[tuple[str, dict[str, Any]]] = [
     ("block 4, activation function", BLOCK | {"recompute_num_layers": 4, "recompute_activation_function": True}),
     ("uniform 1", FULL),
     ("uniform 2", FULL | {"recompute_num_layers": 2}),
+    ("swap norms and attention", {"swap_attention": True}),
+    ("swap, MLP as well", {"swap_attention": True, "swap_modules": SWAP_ALL}),
+    ("block 4, swap with MLP", BLOCK | {"recompute_num_layers": 4, "swap_attention": True, "swap_modules": SWAP_ALL}),
+    ("output in 4 slices", {"output_layer_slice_num": 4}),
+    ("activation function, output in 4 slices", {"recompute_activation_function": True, "output_layer_slice_num": 4}),
     ("tensor 2: none", TP),
     ("tensor 2: uniform 1", TP | FULL),
     ("tensor 2: uniform 1, inputs shared", TP | FULL | {"distribute_saved_activations": True}),
@@ -79,14 +86,15 @@ def measure(sizes: argparse.Namespace, options: dict[str, Any]) -> dict[str, flo
     engine = Engine(built, config)
     tokens = torch.arange(sizes.rows * sizes.sequence, device=here).view(sizes.rows, -1) % model.padded_vocab_size
     batch = {"tokens": tokens, "labels": tokens.roll(-1, 1)}
+    clock = time.perf_counter if device.is_accelerated() else time.process_time
     seconds = []
     for _ in range(sizes.repeats):
         engine.optimizer.zero_grad()
         device.synchronize()
-        begin = time.perf_counter()
+        begin = clock()
         engine.forward_backward(batch, sizes.rows)
         device.synchronize()
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(clock() - begin)
     engine.optimizer.zero_grad()
     kept: list[int] = []
     with MemoryMeter([parameter for _, parameter in built.named_parameters()]) as meter:
@@ -139,7 +147,7 @@ def draw(results: dict[str, dict[str, float]], target: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.margins(x=0.18)
     axes.grid(alpha=0.3)
-    axes.set_title("Memory against time of each kind of recomputation")
+    axes.set_title("Memory against time of each kind of recomputation and offloading")
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=130)
 
@@ -149,7 +157,7 @@ def write(results: dict[str, dict[str, float]], sizes: argparse.Namespace, targe
         f"{sizes.layers} layers, D {sizes.hidden}, S {sizes.sequence}, B {sizes.rows}, float32, "
         f"{device.device_name()}, torch {torch.__version__}, {sizes.threads} thread(s), fastest of {sizes.repeats}"
     )
-    lines = ["# Activation memory of each kind of recomputation", "", about + ".", ""]
+    lines = ["# Activation memory of each kind of recomputation and offloading", "", about + ".", ""]
     lines += ["| mode | kept by layers, MiB | peak, MiB | step, s | time |", "|---|---|---|---|---|"]
     table = Table("mode", "kept MiB", "peak MiB", "step s", "time", title=about)
     for name, row in results.items():
