@@ -152,7 +152,7 @@ def layout_cases(folder: Path) -> list[Case]:
         Case(
             "layers",
             [*three, "--pipeline-model-parallel-size", "2"],
-            ["3 layers do not split over --pipeline-model-parallel-size 2", "--num-layer-list"],
+            ["3 layers do not split over the 2 stages of --pipeline-model-parallel-size 2", "--num-layer-list"],
         ),
         Case("unknown flag", [*base, "--num-layrs", "3"], ["--num-layrs", "--num-layers"]),
         Case("unknown template", [*base, "--prompt-type", "lama3"], ["unknown prompt type 'lama3'", "'llama3'"]),
@@ -293,7 +293,7 @@ def memory_cases() -> list[Case]:
     each = estimate_memory(load_config([*base, "--num-layers", "4"], "train")).total - one
     share = device.total_memory() / (1 if device.is_accelerated() else 2)
     layers = 2 * math.ceil(share * 1.25 / each / 2)
-    huge = ["train", *base[:-2], "--max-position-embeddings", "64", "--num-layers", "400000"]
+    huge = ["train", *base, "--hidden-size", "65536", "--num-attention-heads", "512", "--num-layers", "2000"]
     shared = ["train", *base, "--num-layers", str(layers)]
     return [
         Case("too large", huge, ["a device is too small for this layout: the run needs at least", "choose a smaller"]),
