@@ -31,7 +31,7 @@ from rich.table import Table
 from modellink import device
 from modellink.config.schema import Config, ModelConfig, ParallelConfig
 from modellink.parallel.apply import build_model
-from modellink.parallel.memory_meter import MemoryMeter
+from modellink.parallel.meter import MemoryMeter
 from modellink.parallel.topology import Topology
 from modellink.train.engine import Engine
 

@@ -30,7 +30,7 @@ from modellink.errors import ModelLinkError
 from modellink.models.decoder import Decoder, DecoderLayer, LayerCall, run_layers_plainly
 from modellink.models.mla import LatentAttention
 from modellink.models.moe import MoE
-from modellink.parallel.memory_meter import MemoryMeter
+from modellink.parallel.meter import MemoryMeter
 from modellink.parallel.recompute import Recomputed, apply_recompute, drop_inside, keep_expensive
 from modellink.parallel.recompute_choice import OUTSIDE, Choice, LayerProfile, StageProfile, choose, worst
 from modellink.parallel.recompute_plan import LAYER, OPERATORS, Span, spell_layers

@@ -101,6 +101,6 @@ def measure_context(parallel: ParallelConfig, shape: AttentionShape, documents: 
         q, k, v = ((leaf * 1).transpose(1, 2) for leaf in leaves)  # as projections leave them
         out = core(q, k, v, mask)
         del q, k, v
-        kept, forward = meter.held(), meter.sent.total()
+        kept, forward = meter.live, meter.sent.total()
         out.backward(torch.ones_like(out))
     return ContextCost(forward, meter.sent.total() - forward, kept, meter.peak)

@@ -1,4 +1,4 @@
-"""Bytes that a piece of code holds and sends, counted operation by operation.
+"""Bytes that a piece of code holds and sends.
 
     with Meter() as meter:
         loss = step(...)
@@ -7,20 +7,27 @@
 A dispatch mode sees every operation of its thread, those of backward on a CPU and collectives included, so both counts
 are exact and repeat: they depend on shapes, not on an allocator or a network. What a kernel allocates and frees inside
 is not seen. Buffers of host memory, to which things move out of the device's way, are not held by the device.
+
+`MemoryMeter` asks the allocator where there is one, on accelerators, and a `Meter` on a CPU. Both count what is alive,
+so that differences and peaks mean the same.
 """
 
 from __future__ import annotations
 
 import time
+import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    is_traceable_wrapper_subclass,
+    is_traceable_wrapper_subclass_type,
+)
 
 from modellink import device
 
@@ -57,38 +64,104 @@ _SETTLE_S = 0.005  # a thread of gloo lets go of its tensors a moment after the 
 
 
 class Meter(TorchDispatchMode):
-    """Counts while it is entered. Tensors made before count only where `held` names them."""
+    """Counts while it is entered. Tensors made before count only where `held` names them.
 
-    def __init__(self, held: Sequence[Tensor] = ()) -> None:
+    Every storage that an operation returns is followed from its first appearance to its end by a weak reference.
+    """
+
+    def __init__(self, held: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self._communicated = False
-        self._live: dict[StorageWeakRef, int] = {}
+        self._live = 0
+        self._sizes: dict[int, int] = {}
+        self._references: dict[int, weakref.ref[Any]] = {}
         self.peak = 0  # most bytes alive at once, at the end of an operation
         self.sent: Counter[str] = Counter()  # bytes that left this rank, by the name of the collective
-        self._note(held)
+        self.hold(held)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        communicates = func.namespace == "c10d"
-        if self._communicated and not communicates:
-            time.sleep(_SETTLE_S)
-        self._communicated = communicates
+        if any(is_traceable_wrapper_subclass_type(kind) for kind in types):
+            return NotImplemented  # a sharded tensor takes itself apart; its parts come by again
         results = func(*args, **(kwargs or {}))
-        if communicates:
+        if func.namespace == "c10d":
+            self._communicated = True
             name = func._overloadpacket.__name__
             self.sent[name] += round(_SENT[name](args)) if name in _SENT else 0
-        else:
-            self._note(results)
+        self.hold(_tensors(results))
         return results
 
-    def _note(self, results: Any) -> None:
-        for tensor in _tensors(results):
-            if device.is_host_buffer(tensor):
-                continue
-            storage = tensor.untyped_storage()
-            self._live.setdefault(StorageWeakRef(storage), storage.nbytes())
-        self.peak = max(self.peak, self.held())
+    def hold(self, held: Iterable[Tensor]) -> None:
+        """Count these from now on."""
+        for tensor in held:
+            if not (is_traceable_wrapper_subclass(tensor) or tensor.is_meta or device.is_host_buffer(tensor)):
+                self._follow(tensor.untyped_storage())
+        if self._live > self.peak:
+            self.peak = max(self.peak, self.live)
 
-    def held(self) -> int:
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        known = self._sizes.get(key)
+        if known is None:
+            self._references[key] = weakref.ref(storage, lambda _: self._forget(key))
+        if known != size:
+            self._sizes[key] = size
+            self._live += size - (known or 0)
+
+    def _forget(self, key: int) -> None:
+        self._live -= self._sizes.pop(key)
+        del self._references[key]
+
+    @property
+    def live(self) -> int:
         """Bytes alive now."""
-        self._live = {storage: size for storage, size in self._live.items() if not storage.expired()}
-        return sum(self._live.values())
+        if self._communicated:
+            time.sleep(_SETTLE_S)
+            self._communicated = False
+        # sharded data parallelism empties storages that stay alive
+        for reference in list(self._references.values()):
+            storage = reference()
+            if storage is not None:
+                self._follow(storage)
+        return self._live
+
+
+class MemoryMeter:
+    """Context manager: `live` and `peak` bytes on this process's device; nested use is not meant.
+
+    `held` are tensors that exist before (weights, gradients, optimizer states); a CPU knows them only so.
+    """
+
+    def __init__(self, held: Iterable[Tensor] = ()) -> None:
+        self._storages = None if device.is_accelerated() else Meter(held)
+
+    def hold(self, held: Iterable[Tensor]) -> None:
+        """Count these as well."""
+        if self._storages is not None:
+            self._storages.hold(held)
+
+    def __enter__(self) -> MemoryMeter:
+        if self._storages is not None:
+            self._storages.__enter__()
+        self.reset_peak()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._storages is not None:
+            self._storages.__exit__(*error)
+
+    @property
+    def live(self) -> int:
+        """Bytes held now."""
+        return device.memory_stats().allocated if self._storages is None else self._storages.live
+
+    @property
+    def peak(self) -> int:
+        """Most bytes held at once since the start or `reset_peak`."""
+        return device.memory_stats().peak_allocated if self._storages is None else self._storages.peak
+
+    def reset_peak(self) -> None:
+        """Start a new peak from what is held now."""
+        if self._storages is None:
+            device.reset_peak_memory()
+        else:
+            self._storages.peak = self._storages.live

@@ -16,7 +16,7 @@ from spawn import run_distributed
 from modellink.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig
 from modellink.errors import ModelLinkError
 from modellink.parallel.apply import build_model
-from modellink.parallel.memory_meter import MemoryMeter
+from modellink.parallel.meter import MemoryMeter
 from modellink.parallel.topology import Topology
 from modellink.train.engine import Engine
 

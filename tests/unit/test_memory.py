@@ -15,7 +15,7 @@ from modellink.models.count import count_parameters, layer_parameters, outer_par
 from modellink.models.decoder import Decoder
 from modellink.parallel.apply import build_model
 from modellink.parallel.memory import check_memory, estimate_memory, nearest_fit
-from modellink.parallel.memory_meter import MemoryMeter
+from modellink.parallel.meter import MemoryMeter
 from modellink.parallel.plan import split_dimension
 from modellink.parallel.topology import Topology
 from modellink.train.engine import Engine

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modellink.config.schema import ModelConfig
 from modellink.models.decoder import Decoder
-from modellink.parallel.memory_meter import MemoryMeter
+from modellink.parallel.meter import MemoryMeter
 from modellink.parallel.recompute import apply_recompute
 from modellink.parallel.recompute_plan import Span
 

@@ -48,7 +48,7 @@ def held_after_forward(swap: str | None, **options: Any) -> tuple[int, Swap | No
     model, swapped = decoder(swap, **options)
     with Meter() as meter:
         out = model(tokens())
-        held = meter.held()
+        held = meter.live
     assert out.requires_grad
     return held, swapped
 
