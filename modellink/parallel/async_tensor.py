@@ -21,10 +21,10 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial
 
 from modellink import device
 from modellink.models.projections import wanted
+from modellink.parallel.shard import summed_local
 
 Products = Sequence[tuple[Tensor, Tensor]]
 
@@ -199,13 +199,6 @@ class _Leave(torch.autograd.Function):
         return None, None, grad_TF, None
 
 
-def _local(tensor: Any) -> Any:
-    """This rank's shard. What is whole meets this rank's positions only, so its gradient is a part of a sum."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    return tensor.to_local(grad_placements=[Partial() if p.is_replicate() else p for p in tensor.placements])
-
-
 class OverlappedBlock:
     """`enter` and `leave` of attention and MLP: positions of this rank in, positions of this rank out."""
 
@@ -213,16 +206,16 @@ class OverlappedBlock:
         self.overlap = overlap
 
     def enter(self, x_BsD: Tensor, linears: Sequence[nn.Linear]) -> list[Tensor]:
-        weights = [_local(linear.weight) for linear in linears]
+        weights = [summed_local(linear.weight) for linear in linears]
         whole_TD, *made = _Enter.apply(self.overlap, _rows(x_BsD), *(weight_FD.detach() for weight_FD in weights))
         out = []
         for y_TF, weight_FD, linear in zip(made, weights, linears, strict=True):
             y_TF = _Weigh.apply(y_TF, whole_TD, weight_FD)
-            out.append(_unrows(y_TF if linear.bias is None else y_TF + _local(linear.bias), len(x_BsD)))
+            out.append(_unrows(y_TF if linear.bias is None else y_TF + summed_local(linear.bias), len(x_BsD)))
         return out
 
     def leave(self, h_BSF: Tensor, linear: nn.Linear) -> Tensor:
-        weight_DF, gathered = _local(linear.weight), _Gathered()
+        weight_DF, gathered = summed_local(linear.weight), _Gathered()
         h_TF = _Keep.apply(gathered, _rows(h_BSF), weight_DF)
         y_BsD = _unrows(_Leave.apply(self.overlap, gathered, h_TF, weight_DF.detach()), len(h_BSF))
-        return y_BsD if linear.bias is None else y_BsD + _local(linear.bias)
+        return y_BsD if linear.bias is None else y_BsD + summed_local(linear.bias)

@@ -13,6 +13,7 @@ H query heads, G key/value heads, K head size, n ranks of a ring, u ranks of an 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -198,10 +199,19 @@ def _empty_sums(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out, q.new_full(q.shape[:-1], float("-inf"), dtype=wide)
 
 
-def _merge_sinks_(out: Tensor, lse: Tensor, sinks_H: Tensor | None) -> None:
-    """One more key, whose value is zero."""
+def _keep(ctx: Any, inputs: Sequence[Tensor | None], out: Tensor, lse: Tensor, work: Sequence[Any]) -> Tensor:
+    """The result in the dtype of q; backward finds it with q, k, v, sinks and (rule, steps, context) in `ctx`.
+
+    A sink is one more key, whose value is zero.
+    """
+    q, _, _, sinks_H = inputs
     if sinks_H is not None:
         merge_(out, lse, torch.zeros_like(out), sinks_H.to(lse.dtype)[:, None].expand_as(lse))
+    assert q is not None
+    out = out.to(q.dtype)
+    ctx.save_for_backward(*inputs, out, lse)
+    ctx.rule, ctx.steps, ctx.context = work
+    return out
 
 
 def _sinks_gradient(grad: Tensor, out: Tensor, lse: Tensor, sinks_H: Tensor | None) -> Tensor | None:
@@ -238,11 +248,7 @@ class _RingAttention(torch.autograd.Function):
                     coming, works = context.exchange(here)
                 _finish(works)
                 here = coming
-        _merge_sinks_(out, lse, sinks_H)
-        out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, sinks_H, out, lse)
-        ctx.rule, ctx.steps, ctx.context = rule, steps, context
-        return out
+        return _keep(ctx, (q, k, v, sinks_H), out, lse, (rule, steps, context))
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
@@ -303,11 +309,7 @@ class _GatheredAttention(torch.autograd.Function):
         for step, tiles in enumerate(steps):
             source = (context.ring - step) % len(steps)
             forward_tiles(q, keys[source], values[source], rule, tiles, out, lse, step == 0)
-        _merge_sinks_(out, lse, sinks_H)
-        out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, sinks_H, out, lse)
-        ctx.rule, ctx.steps, ctx.context = rule, steps, context
-        return out
+        return _keep(ctx, (q, k, v, sinks_H), out, lse, (rule, steps, context))
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 
 from modellink.optim.local import local_tensor
 
@@ -66,3 +66,13 @@ def copy_full_into(full: Any, parameter: Tensor) -> None:
     target = local_tensor(parameter)
     if target.numel():
         target.copy_(local_slice(full, parameter))
+
+
+def summed_local(parameter: Tensor) -> Tensor:
+    """This rank's shard of `parameter` for work of which each rank does another part.
+
+    Where the parameter is whole on every rank, the gradients that the ranks find are parts of one sum.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return parameter.to_local(grad_placements=[Partial() if p.is_replicate() else p for p in parameter.placements])

@@ -35,6 +35,7 @@ from modellink.models.mla import LatentAttention
 from modellink.models.moe import MoE
 from modellink.parallel.async_tensor import OverlappedBlock, overlap_over
 from modellink.parallel.plan import SUMMED, kind_of, split_dimension
+from modellink.parallel.shard import summed_local
 
 
 class ReplicatedEmbedding(ParallelStyle):
@@ -63,8 +64,7 @@ OWN = "experts."  # parameters that `expert.split_experts` splits
 
 def local_part(name: str, parameter: Any, tensor_ranks: int) -> Tensor:
     """This rank's shard of the DTensor `parameter` as a plain tensor, with the placements that its gradient has."""
-    gradients = [Partial() if p.is_replicate() else p for p in parameter.placements]
-    local: Tensor = parameter.to_local(grad_placements=gradients)
+    local = summed_local(parameter)
     return local / tensor_ranks if name.endswith(SUMMED) else local
 
 
