@@ -14,16 +14,13 @@ benchmarks/results/ (Markdown) and docs/images/activation-memory.png.
 from __future__ import annotations
 
 import argparse
-import os
-import tempfile
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import on_ranks
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -105,23 +102,11 @@ def measure(sizes: argparse.Namespace, options: dict[str, Any]) -> dict[str, flo
     return {"kept": kept[0] / 2**20, "peak": peak / 2**20, "seconds": min(seconds)}
 
 
-def _rank(rank: int, sizes: argparse.Namespace, options: dict[str, Any], folder: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    torch.set_num_threads(1)
-    dist.init_process_group(device.backend(), init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    found = measure(sizes, options)
-    if rank == 0:
-        torch.save(found, f"{folder}/found.pt")
-    dist.destroy_process_group()
-
-
 def run(sizes: argparse.Namespace, options: dict[str, Any]) -> dict[str, float]:
     if options.get("tensor_parallel", 1) == 1:
         return measure(sizes, options)
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (sizes, options, folder), nprocs=2)
-        found: dict[str, float] = torch.load(f"{folder}/found.pt", weights_only=True)
-        return found
+    found: dict[str, float] = on_ranks(measure, 2, sizes, options)[0]
+    return found
 
 
 def draw(results: dict[str, dict[str, float]], target: Path) -> None:

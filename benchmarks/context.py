@@ -11,18 +11,14 @@ are counted operation by operation (`modellink/parallel/meter.py`), so they do n
 from __future__ import annotations
 
 import argparse
-import json
 import platform
-import tempfile
-from collections.abc import Callable
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import on_ranks
 from rich.console import Console
 from rich.table import Table
 
@@ -47,9 +43,11 @@ def layout(name: str, ranks: int) -> ParallelConfig:
     return ParallelConfig(context_parallel=ranks, **(ALGORITHMS[name] if ranks > 1 else {}))
 
 
-def layers(rank: int, world: int) -> dict[str, Any]:
+def layers() -> dict[str, Any]:
     """One attention layer by every algorithm: [forward, backward, kept, peak] in bytes."""
-    return {name: list(vars(measure_context(layout(name, world), SHAPE)).values()) for name in ALGORITHMS}
+    return {
+        name: list(vars(measure_context(layout(name, dist.get_world_size()), SHAPE)).values()) for name in ALGORITHMS
+    }
 
 
 class Trainer:
@@ -75,9 +73,9 @@ class Trainer:
         return int(highest)
 
 
-def longest(rank: int, world: int, budget: int) -> dict[str, Any]:
+def longest(budget: int) -> dict[str, Any]:
     """Positions of the longest sequence within `budget` bytes, by algorithm."""
-    found = {}
+    found, world = {}, dist.get_world_size()
     for name in ALGORITHMS:
         if (world == 1 and name != "ring") or (world == 2 and name == "hybrid"):
             continue
@@ -91,23 +89,6 @@ def longest(rank: int, world: int, budget: int) -> dict[str, Any]:
             steps += 1
         found["one process" if world == 1 else name] = steps * step
     return found
-
-
-def _child(rank: int, world: int, work: Callable[[int, int], dict[str, Any]], folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    found = work(rank, world)
-    if rank == 0:
-        Path(folder, "found.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def on_ranks(work: Callable[[int, int], dict[str, Any]], world: int) -> dict[str, Any]:
-    """What `work` returns on rank 0 of `world` processes."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_child, (world, work, folder), world)
-        return json.loads(Path(folder, "found.json").read_text())
 
 
 def draw(lengths: dict[int, dict[str, int]], budget: int, path: Path) -> None:
@@ -163,7 +144,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw the longest sequences and the volumes")
     parser.add_argument("--budget-mib", type=int, default=16)
     arguments = parser.parse_args()
-    measured, budget = on_ranks(layers, 4), arguments.budget_mib << 20
+    measured, budget = on_ranks(layers, 4)[0], arguments.budget_mib << 20
     heads = ["4 ranks", "sent forward", "formula", "sent backward", "formula", "kept", "formula", "peak", "formula"]
     rows = []
     for name, (forward, backward, kept, peak) in measured.items():
@@ -171,7 +152,7 @@ def main() -> None:
         pairs = (forward, cost.forward, backward, cost.backward, kept, cost.kept, peak, cost.peak)
         rows.append([name, *(f"{number:,}" for number in pairs)])
     show("bytes of a rank, one layer", heads, rows)
-    lengths = {world: on_ranks(partial(longest, budget=budget), world) for world in WORLDS}
+    lengths = {world: on_ranks(longest, world, budget)[0] for world in WORLDS}
     alone = lengths[1]["one process"]
     counts = [[name, *(str(lengths[w].get(name, "")) for w in WORLDS[1:])] for name in ALGORITHMS]
     growth = [[*row, *(f"{int(n) / alone:.2f}" if n else "" for n in row[1:])] for row in counts]

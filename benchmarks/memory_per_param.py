@@ -24,11 +24,8 @@ bounded too (modellink/optim/mixed_precision.py: 4 million elements on a CPU) an
 from __future__ import annotations
 
 import argparse
-import os
 import platform
-import socket
 import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -37,7 +34,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import on_ranks
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -198,7 +195,7 @@ def _numel(module: nn.Module) -> int:
 def measure_all(modes: list[str], steps: int) -> list[tuple[str, int, dict[str, float]]]:
     """(mode, ZeRO stage, figures of this rank) of every mode and every layout that differs at this number of ranks."""
     rows = []
-    for stage in range(4 if dist.is_initialized() else 1):
+    for stage in range(4 if dist.get_world_size() > 1 else 1):
         topology = Topology(ParallelConfig(zero_stage=stage))
         rows += [(name, stage, measure(MODES[name], topology, steps)) for name in modes]
     return rows
@@ -209,25 +206,9 @@ def limit(mode: Mode, zero_stage: int, d: int) -> float:
     return mode.plain if zero_stage == 0 else mode.distributed(d)
 
 
-def worker(rank: int, world_size: int, port: int, modes: list[str], steps: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    if world_size > 1:
-        store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    torch.save(measure_all(modes, steps), Path(folder, f"{world_size}-{rank}.pt"))
-    if world_size > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-
-
 def run(world_size: int, modes: list[str], steps: int) -> list[tuple[str, int, dict[str, float]]]:
     """Every mode and layout at one number of ranks: the figures of the rank that holds most."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, (world_size, port, modes, steps, folder), nprocs=world_size)
-        ranks = [torch.load(Path(folder, f"{world_size}-{rank}.pt"), weights_only=True) for rank in range(world_size)]
+    ranks = on_ranks(measure_all, world_size, modes, steps)
     return [max(rows, key=lambda row: row[2]["held"]) for rows in zip(*ranks, strict=True)]
 
 
@@ -248,8 +229,6 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--output", type=Path, help="write the table as markdown")
     arguments = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     rows = []
     for d in arguments.ranks:
         rows += [row_of(name, stage, d, found) for name, stage, found in run(d, arguments.modes, arguments.steps)]

@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import statistics
-import tempfile
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import on_ranks
 from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
@@ -83,12 +82,10 @@ def traced(engine: Engine, batch: dict[str, torch.Tensor], arguments: argparse.N
     }
 
 
-def rank_main(rank: int, arguments: argparse.Namespace, folder: str) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(arguments.ranks), "LOCAL_RANK": str(rank)}
-    torch.set_num_threads(arguments.threads)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=arguments.ranks)
+def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Of each form: times of this rank's steps and what a trace of some of them shows."""
     engines = {name: engine_of(arguments, overlapped) for name, overlapped in FORMS.items()}
-    generator = torch.Generator().manual_seed(rank)
+    generator = torch.Generator().manual_seed(dist.get_rank())
     text = torch.randint(0, 512, (arguments.batch, arguments.sequence + 1), generator=generator)
     batch = {"tokens": text[:, :-1].contiguous(), "labels": text[:, 1:].contiguous()}
     times: dict[str, list[float]] = {name: [] for name in FORMS}
@@ -99,20 +96,11 @@ def rank_main(rank: int, arguments: argparse.Namespace, folder: str) -> None:
             engine.step(batch, arguments.batch)
             if step:  # the first one warms up
                 times[name].append((time.perf_counter() - begin) * 1e3)
-    results = [
+    return [
         {"form": name, "step_ms": statistics.median(times[name]), "fastest_ms": min(times[name])}
         | traced(engine, batch, arguments)
         for name, engine in engines.items()
     ]
-    every: list[Any] = [None] * arguments.ranks
-    dist.all_gather_object(every, results)
-    if rank == 0:
-        # one rank's exchanges vary with its routing: means over the ranks
-        for place, row in enumerate(results):
-            for key in row.keys() - {"form"}:
-                row[key] = statistics.fmean(each[place][key] for each in every)
-        Path(folder, "results.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
 
 
 def main() -> None:
@@ -122,9 +110,10 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(rank_main, (arguments, folder), nprocs=arguments.ranks, start_method="spawn")
-        results = json.loads(Path(folder, "results.json").read_text())
+    results, *others = on_ranks(measure, arguments.ranks, arguments, threads=arguments.threads)
+    for place, row in enumerate(results):  # one rank's exchanges vary with its routing: means over the ranks
+        for key in row.keys() - {"form"}:
+            row[key] = statistics.fmean([row[key], *(other[place][key] for other in others)])
     formula = 4 * arguments.topk * arguments.batch * arguments.sequence * arguments.hidden
     table = Table("", "step ms", "fastest", "transfer ms", "waiting ms", "hidden", "values a layer", "4 k B S D")
     for row in results:

@@ -12,15 +12,10 @@ gathers without --overlap-param-gather) cannot overlap here, and shows as 0.
 from __future__ import annotations
 
 import argparse
-import os
-import socket
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import on_ranks
 from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
@@ -93,13 +88,8 @@ def measure(row: dict[str, Any], options: argparse.Namespace) -> dict[str, float
     return found
 
 
-def worker(rank: int, world_size: int, port: int, options: argparse.Namespace, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    torch.save([measure(row, options) for row in ROWS], Path(folder, str(rank)))
-    dist.barrier()
-    dist.destroy_process_group()
+def measure_all(options: argparse.Namespace) -> list[dict[str, float]]:
+    return [measure(row, options) for row in ROWS]
 
 
 def main() -> None:
@@ -109,14 +99,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=256)
     options = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
-        mp.spawn(worker, (options.ranks, port, options, folder), nprocs=options.ranks)
-        results = torch.load(Path(folder, "0"), weights_only=True)
+    results = on_ranks(measure_all, options.ranks, options)[0]
     table = Table("layout", "products ms", "reduce ms", "beside computation", "gather ms", "beside computation")
     for row, found in zip(ROWS, results, strict=True):
         cells = [f"{found['products'] / 1e3:.0f}"]

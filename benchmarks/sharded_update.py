@@ -11,16 +11,12 @@ however busy the machine is.
 from __future__ import annotations
 
 import argparse
-import os
-import socket
 import statistics
-import tempfile
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import on_ranks
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -41,10 +37,9 @@ def build(name: str, named: list[tuple[str, nn.Parameter]]) -> MixedPrecisionOpt
     return MixedPrecisionAdamW(named, lr=1e-3, eight_bits=name == "adamw8bit")
 
 
-def worker(rank: int, world_size: int, port: int, options: argparse.Namespace, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+def measure(options: argparse.Namespace) -> list[float]:
+    """Elapsed and processor milliseconds of a step, largest over ranks."""
+    world_size = dist.get_world_size()
     mesh = init_device_mesh("cpu", (world_size,))
     wide, narrow = options.hidden * 5 // 2, options.hidden
     shapes = [(narrow, narrow)] * 4 + [(wide, narrow)] * 2 + [(narrow, wide)]
@@ -65,9 +60,7 @@ def worker(rank: int, world_size: int, port: int, options: argparse.Namespace, f
         processor.append(time.process_time() - begin[1])
     times = torch.tensor([statistics.median(elapsed[1:]), statistics.median(processor[1:])])  # the first warms up
     dist.all_reduce(times, op=dist.ReduceOp.MAX)
-    torch.save(times, Path(folder, str(rank)))
-    dist.barrier()
-    dist.destroy_process_group()
+    return (times * 1e3).tolist()
 
 
 def main() -> None:
@@ -78,16 +71,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--steps", type=int, default=5)
     options = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     table = Table("optimizer", "ranks", "elapsed ms", "processor ms of a rank")
     for ranks in options.ranks:
-        with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-            probe.close()
-            mp.spawn(worker, (ranks, port, options, folder), nprocs=ranks)
-            elapsed, processor = (torch.load(Path(folder, "0"), weights_only=True) * 1e3).tolist()
+        elapsed, processor = on_ranks(measure, ranks, options)[0]
         table.add_row(options.optimizer, str(ranks), f"{elapsed:.0f}", f"{processor:.0f}")
     Console(width=100).print(table)
 

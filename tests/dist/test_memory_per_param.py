@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import memory_per_param as table
 import pytest
 from spawn import run_distributed
 
@@ -21,26 +18,14 @@ EXPECTED = {
 }  # fmt: skip
 
 
-def benchmark() -> ModuleType:
-    """benchmarks/memory_per_param.py as a module."""
-    path = Path(__file__).parents[2] / "benchmarks" / "memory_per_param.py"
-    spec = importlib.util.spec_from_file_location("memory_per_param", path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 def figures(rank: int, world_size: int) -> list[list[Any]]:
-    table = benchmark()
     return [list(row) for row in table.measure_all(list(table.MODES), steps=1)]
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_bytes_per_parameter_are_within_the_table(world: int) -> None:
-    table = benchmark()
     seen = set()
-    for rank in run_distributed(figures, world, init_group=world > 1, timeout=300):
+    for rank in run_distributed(figures, world, timeout=300):
         for name, stage, found in rank:
             seen.add((name, stage, world))
             assert found["held"] <= table.limit(table.MODES[name], stage, world) + 5e-3, (name, stage, found)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import runpy
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
+import pipeline as benchmark
 import pytest
 
 from modellink.config.load import load_config
@@ -24,13 +21,6 @@ from modellink.config.schema import ModelConfig, ParallelConfig
 from modellink.errors import ModelLinkError
 from modellink.parallel.pipeline import stage_specs
 
-_FILE = Path(__file__).parents[2] / "benchmarks" / "pipeline.py"
-
-
-@pytest.fixture(scope="module")
-def benchmark() -> Any:
-    return SimpleNamespace(**runpy.run_path(str(_FILE)))
-
 
 def layout(name: str, ranks: int) -> ParallelConfig:
     looped = name in ("interleaved", "aiao") or name.endswith("2 chunks")
@@ -41,7 +31,7 @@ def layout(name: str, ranks: int) -> ParallelConfig:
     )
 
 
-def test_live_micro_batches_and_placement_are_those_of_the_orders(benchmark: Any) -> None:
+def test_live_micro_batches_and_placement_are_those_of_the_orders() -> None:
     for name, (ranks, count) in itertools.product(benchmark.ROWS, ((2, 4), (4, 8), (4, 16))):
         parallel = layout(name, ranks)
         layers = 2 * ranks if benchmark.CHUNKS.get(name) else ranks
@@ -55,7 +45,7 @@ def test_live_micro_batches_and_placement_are_those_of_the_orders(benchmark: Any
             assert expected - slack <= timeline.live(rank) <= expected, (name, ranks, count, rank)
 
 
-def test_idle_shares_follow_the_formulas(benchmark: Any) -> None:
+def test_idle_shares_follow_the_formulas() -> None:
     for ranks, count in ((2, 4), (4, 8), (4, 16)):
         assert benchmark.play("gpipe", ranks, count).idle == pytest.approx((ranks - 1) / (count + ranks - 1))
         assert benchmark.play("1f1b", ranks, count).idle == pytest.approx((ranks - 1) / (count + ranks - 1))
