@@ -238,7 +238,8 @@ class _Layout:
         if self.ends(stage)[1]:
             tokens = self.rows * math.ceil(self.length / parallel.output_layer_slice_num)
             logits = tokens * (self.model.padded_vocab_size or 0) // self.tensor
-            logits *= 2 * self.item + 8  # with their gradient; log-softmax and its gradient in fp32
+            # whole: log-softmax, its gradient and that of the loss in fp32; shards: themselves and one fp32 copy
+            logits *= 12 if self.tensor == 1 else self.item + 4
         # logits are gone when the first layer is rebuilt
         return int(each * self._under_way(stage)) + max(at_work, logits)
 
