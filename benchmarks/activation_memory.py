@@ -5,10 +5,9 @@
 "kept" is what all layers hold for backward when the last of them has run; "peak" the most that is held at once beyond
 weights and gradients that wait (activations, gradients of this batch as they come, and what operators hold for a
 moment). Both are measured: on a CPU by following every storage, on an accelerator by its allocator. Gradients are
-dropped before each batch and nothing is updated. Times are
-the fastest of the repeats, without the meter; on a CPU they are processor time, which other programs change little.
-Modes that need tensor parallelism run in two processes, beside the plain layout of those. Results go to
-benchmarks/results/ (Markdown) and docs/images/activation-memory.png.
+dropped before each batch and nothing is updated. Times are the fastest of the repeats, without the meter; on a CPU
+they are processor time, which other programs change little. Modes that need tensor parallelism run in two processes,
+beside the plain layout of those. Results go to benchmarks/results/ (Markdown) and docs/images/activation-memory.png.
 """
 
 from __future__ import annotations
