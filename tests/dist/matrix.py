@@ -109,7 +109,7 @@ COMPANIONS = (("data", "zero1"), ("model", "moe"), ("tensor", "tp"), ("pipeline"
 # Options of a layout that are no feature of it, or that one process of its own proves: field -> where.
 ELSEWHERE = {
     "parallel.distributed_timeout_minutes": "says when to give up, not what to compute",
-    "parallel.auto_recompute_device_size": "tests/dist/test_recompute.py: chooses among the features of recomputation",
+    "parallel.auto_recompute_device_size": "tests/dist/test_auto_recompute.py: chooses among the features of recomputation",
     "parallel.auto_recompute_profiling_step": "says how long to measure before that choice",
     "parallel.compile": "tests/dist/test_compile.py: compiling takes minutes",
     "parallel.optimized_pipeline": "tests/dist/test_pipeline.py",
