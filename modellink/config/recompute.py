@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from modellink.config.flags import flag_of, spell
 from modellink.config.pipeline import stage_layers, stages_of
+from modellink.config.recompute_plan import MODULES, check_parts, parse_layers
 from modellink.config.resolved import ResolvedConfig
 from modellink.errors import ModelLinkError
-from modellink.parallel.recompute_plan import MODULES, check_parts, parse_layers
 
 GRANULARITY = "parallel.recompute_granularity"
 

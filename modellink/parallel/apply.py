@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
+from modellink.config.recompute_plan import recompute_plan
 from modellink.config.schema import ModelConfig, ParallelConfig
 from modellink.models.decoder import Decoder
 from modellink.models.init import initial_value
@@ -35,7 +36,6 @@ from modellink.parallel.expert import apply_expert_parallel
 from modellink.parallel.offload import apply_swap
 from modellink.parallel.pipeline import Pipeline, StageSpec, stage_specs
 from modellink.parallel.recompute import SharedInputs, apply_recompute
-from modellink.parallel.recompute_plan import recompute_plan
 from modellink.parallel.shard import copy_full_into
 from modellink.parallel.tensor import apply_tensor_parallel
 from modellink.parallel.topology import Topology

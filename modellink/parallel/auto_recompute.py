@@ -25,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from modellink import device
 from modellink.config.flags import spell
+from modellink.config.recompute_plan import LAYER, OPERATORS, Span, spell_layers
 from modellink.config.schema import ParallelConfig
 from modellink.errors import ModelLinkError
 from modellink.models.decoder import Decoder, DecoderLayer, LayerCall, run_layers_plainly
@@ -33,7 +34,6 @@ from modellink.models.moe import MoE
 from modellink.parallel.meter import MemoryMeter
 from modellink.parallel.recompute import Recomputed, apply_recompute, drop_inside, keep_expensive
 from modellink.parallel.recompute_choice import OUTSIDE, Choice, LayerProfile, StageProfile, choose, worst
-from modellink.parallel.recompute_plan import LAYER, OPERATORS, Span, spell_layers
 
 NOTHING = "none"
 

@@ -26,12 +26,12 @@ import numpy.typing as npt
 
 from modellink.config.flags import spell
 from modellink.config.pipeline import LOOPED, live_micro_batches, micro_batch_sizes, stage_layers, stages_of
+from modellink.config.recompute_plan import LAYER, OPERATORS, recompute_plan
 from modellink.config.resolved import ResolvedConfig
 from modellink.config.swap import swapped_modules
 from modellink.config.validate import layout_problem
 from modellink.errors import ModelLinkError
 from modellink.models.count import layer_parameters, outer_parameters
-from modellink.parallel.recompute_plan import LAYER, OPERATORS, recompute_plan
 
 # bytes of states a parameter, at least (scales, and what Muon leaves to AdamW, come on top)
 MOMENTS = {"adam": 8, "adamw8bit": 2, "cadam": 2, "muon": 4, "sgd": 4}

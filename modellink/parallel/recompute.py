@@ -18,11 +18,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from modellink.config.recompute_plan import LAYER, OPERATORS, ChunkPlan, Span
 from modellink.models.decoder import Decoder, DecoderLayer, LayerCall, run_layers_plainly
 from modellink.models.layers import Runner, run_plainly
 from modellink.models.mla import LatentAttention
 from modellink.models.moe import MoE
-from modellink.parallel.recompute_plan import LAYER, OPERATORS, ChunkPlan, Span
 
 # batched products belong to attention that is written out: its scores are what nobody wants to keep
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::_grouped_mm")

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from modellink.parallel.recompute_plan import LAYER
+from modellink.config.recompute_plan import LAYER
 
 OUTSIDE = -1
 Choice = dict[int, str]  # layer (global number) -> parts, as `Span` spells them

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from modellink import device
+from modellink.config.recompute_plan import recompute_plan
 from modellink.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig
 from modellink.models.blockwise import BlockMask, ScoreRule, attend, attend_backward, merge_
 from modellink.models.decoder import Decoder
@@ -22,7 +23,6 @@ from modellink.optim.adamw import MixedPrecisionAdamW
 from modellink.parallel.apply import ParallelModel, build_model
 from modellink.parallel.offload import apply_swap
 from modellink.parallel.recompute import apply_recompute
-from modellink.parallel.recompute_plan import recompute_plan
 from modellink.parallel.topology import Topology
 from modellink.train.engine import Engine
 from modellink.train.losses import token_cross_entropy

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from modellink.config.experts import check_experts
 from modellink.config.flags import convert, flags
+from modellink.config.recompute_plan import recompute_plan
 from modellink.config.schema import ModelConfig, ParallelConfig
 from modellink.errors import ModelLinkError
 from modellink.models import moe as sparse
@@ -24,7 +25,6 @@ from modellink.models.decoder import Decoder
 from modellink.models.layers import MLP
 from modellink.models.moe import MoE, Router, auxiliary_loss_names, auxiliary_losses, expert_order, has_grouped_kernel
 from modellink.parallel.recompute import apply_recompute
-from modellink.parallel.recompute_plan import recompute_plan
 from modellink.train.metrics import flops_of
 
 HIDDEN, WIDTH, EXPERTS = 20, 12, 8

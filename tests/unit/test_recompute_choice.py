@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import random
 
+from modellink.config.recompute_plan import LAYER
 from modellink.parallel.recompute_choice import OUTSIDE, Choice, LayerProfile, StageProfile, choose, worst
-from modellink.parallel.recompute_plan import LAYER
 
 
 def stage(seed: int, layers: int = 4, chunks: int = 1) -> StageProfile:

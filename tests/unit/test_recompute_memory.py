@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from modellink.config.recompute_plan import Span
 from modellink.config.schema import ModelConfig
 from modellink.models.decoder import Decoder
 from modellink.parallel.meter import MemoryMeter
 from modellink.parallel.recompute import apply_recompute
-from modellink.parallel.recompute_plan import Span
 
 LAYERS, ROWS, SEQUENCE, HIDDEN, WIDTH = 4, 2, 128, 64, 160
 LLAMA: dict[str, Any] = {

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from modellink.config.load import load_config
+from modellink.config.recompute_plan import parse_layers, recompute_plan, spell_layers
 from modellink.config.schema import ParallelConfig
 from modellink.errors import ModelLinkError
-from modellink.parallel.recompute_plan import parse_layers, recompute_plan, spell_layers
 
 BLOCK = {"recompute_granularity": "full", "recompute_method": "block"}
 

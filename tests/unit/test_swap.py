@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from modellink.config.load import load_config
+from modellink.config.recompute_plan import recompute_plan
 from modellink.config.schema import ModelConfig, ParallelConfig
 from modellink.errors import ModelLinkError
 from modellink.models.decoder import Decoder
@@ -17,7 +18,6 @@ from modellink.parallel.memory import estimate_memory
 from modellink.parallel.meter import Meter
 from modellink.parallel.offload import Swap, apply_swap
 from modellink.parallel.recompute import apply_recompute
-from modellink.parallel.recompute_plan import recompute_plan
 
 LAYERS, HIDDEN, ROWS, LENGTH, VOCABULARY = 3, 32, 2, 64, 48
 EVERYTHING = "input_norm,self_attention,post_attention_norm,mlp"
