@@ -1,7 +1,6 @@
 """cadam, Muon and 8-bit AdamW against float64 loops of their formulas; the packed forms of states against theirs."""
 
 import copy
-import importlib.util
 from collections.abc import Callable
 
 import pytest
@@ -221,7 +220,6 @@ def test_eight_bit_codes_are_those_of_a_binary_search(signed: bool):
     torch.testing.assert_close(state.read(0, blocks.numel()).view(blocks.shape), numbers[codes], rtol=0, atol=0)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 @pytest.mark.parametrize("signed", [True, False])
 def test_eight_bits_are_those_of_torchao(signed: bool) -> None:
     from torchao.optim.quant_utils import create_dynamic_map, dequant_with_qmap, quantize_8bit_with_qmap, scale_tensor
