@@ -115,21 +115,17 @@ def draw(results: dict[str, dict[str, float]], target: Path) -> None:
     import matplotlib.pyplot as plt
 
     alone = {name: row for name, row in results.items() if not name.startswith("tensor")}
-    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(10, 5.5), layout="constrained")
     base = alone["none"]
-    order = sorted(alone, key=lambda name: alone[name]["seconds"])
-    for number, name in enumerate(order):
-        row = alone[name]
-        x, y = row["seconds"] / base["seconds"], row["peak"]
-        axes.scatter(x, y, s=60, zorder=3)
-        above = number % 2 == 0
-        axes.annotate(
-            name, (x, y), xytext=(4, 9 if above else -15), textcoords="offset points", fontsize=8.5, ha="left"
-        )
+    # names beside the points would lie on each other: a number in each, from the most memory to the least
+    for number, name in enumerate(sorted(alone, key=lambda name: -alone[name]["peak"]), start=1):
+        x, y = alone[name]["seconds"] / base["seconds"], alone[name]["peak"]
+        axes.scatter(x, y, s=190, color=f"C{number % 10}", alpha=0.55, label=f"{number:2d}  {name}")
+        axes.annotate(str(number), (x, y), ha="center", va="center", fontsize=8.5)
+    axes.legend(handlelength=0, markerscale=0, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
     axes.set_xlabel("step time, relative to no recomputation")
     axes.set_ylabel("peak beyond weights, MiB")
     axes.set_ylim(bottom=0)
-    axes.margins(x=0.18)
     axes.grid(alpha=0.3)
     axes.set_title("Memory against time of each kind of recomputation and offloading")
     target.parent.mkdir(parents=True, exist_ok=True)
