@@ -7,7 +7,8 @@ weights and gradients that wait (activations, gradients of this batch as they co
 moment). Both are measured: on a CPU by following every storage, on an accelerator by its allocator. Gradients are
 dropped before each batch and nothing is updated. Times are the fastest of the rounds, each of which goes through all
 modes, without the meter; on a CPU they are processor time, which other programs change little. Modes that need tensor
-parallelism run in two processes, beside the plain layout of those. Results go to benchmarks/results/ (Markdown) and docs/images/activation-memory.png.
+parallelism run in two processes, beside the plain layout of those. Results go to benchmarks/results/ (Markdown) and
+docs/images/activation-memory.png.
 """
 
 from __future__ import annotations
