@@ -15,6 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.profiler import record_function
 
+# torch 2.13 renamed these two and warns of their older names
+all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 WAIT = "modellink: wait for a transfer"  # its name in traces
 
 Start = Callable[[Tensor], tuple[Tensor, Any]]  # tensor -> (where the result will be, what to wait for)
@@ -83,7 +87,7 @@ def _exchange(group: dist.ProcessGroup, sent: list[int] | None, received: list[i
 def _gather(group: dist.ProcessGroup) -> Start:
     def start(x: Tensor) -> tuple[Tensor, Any]:
         out = x.new_empty(dist.get_world_size(group) * len(x), *x.shape[1:])
-        return out, dist.all_gather_into_tensor(out, x, group=group, async_op=True)
+        return out, all_gather_single(out, x, group=group, async_op=True)
 
     return start
 
@@ -91,7 +95,7 @@ def _gather(group: dist.ProcessGroup) -> Start:
 def _scatter(group: dist.ProcessGroup) -> Start:
     def start(x: Tensor) -> tuple[Tensor, Any]:
         out = x.new_empty(len(x) // dist.get_world_size(group), *x.shape[1:])
-        return out, dist.reduce_scatter_tensor(out, x, group=group, async_op=True)
+        return out, reduce_scatter_single(out, x, group=group, async_op=True)
 
     return start
 

@@ -27,7 +27,7 @@ from modellink.models.blockwise import ScoreRule, merge_
 from modellink.models.decoder import Decoder
 from modellink.models.moe import MoE
 from modellink.models.tiles import Tile, backward_tiles, forward_tiles, make_tiles, sum_dtype
-from modellink.parallel.collectives import all_to_all
+from modellink.parallel.collectives import all_gather_single, all_to_all, reduce_scatter_single
 from modellink.parallel.topology import Topology
 
 RING, ULYSSES, HYBRID, GATHER = "megatron_cp_algo", "ulysses_cp_algo", "hybrid_cp_algo", "allgather_cp_algo"
@@ -166,14 +166,14 @@ class ContextParallel:
         """[n, B, G, s, K]: what the ranks of the ring hold."""
         mine = _by_position(x_BGsK)
         whole = mine.new_empty(self.layout.rings * len(mine), *mine.shape[1:])
-        dist.all_gather_into_tensor(whole, mine, group=self.rings)
+        all_gather_single(whole, mine, group=self.rings)
         return whole.unflatten(0, (self.layout.rings, -1)).transpose(2, 3)
 
     def scatter_sum(self, parts_nBGsK: Tensor) -> Tensor:
         """Sum over the ranks of the ring of [n, B, G, s, K], of which each gets its own [B, G, s, K]."""
         whole = parts_nBGsK.transpose(2, 3).flatten(0, 1).contiguous()
         mine = torch.empty_like(whole[: parts_nBGsK.shape[1]])
-        dist.reduce_scatter_tensor(mine, whole, group=self.rings)
+        reduce_scatter_single(mine, whole, group=self.rings)
         return mine.transpose(1, 2)
 
 

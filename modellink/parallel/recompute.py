@@ -23,6 +23,7 @@ from modellink.models.decoder import Decoder, DecoderLayer, LayerCall, run_layer
 from modellink.models.layers import Runner, run_plainly
 from modellink.models.mla import LatentAttention
 from modellink.models.moe import MoE
+from modellink.parallel.collectives import all_gather_single
 
 # batched products belong to attention that is written out: its scores are what nobody wants to keep
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::_grouped_mm")
@@ -105,7 +106,7 @@ class SharedInputs:
             return kept
         part, shape = kept
         whole = part.new_empty(shape)
-        dist.all_gather_into_tensor(whole.view(-1), part, group=self.group)
+        all_gather_single(whole.view(-1), part, group=self.group)
         return whole
 
 
