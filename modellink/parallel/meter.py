@@ -76,14 +76,15 @@ class Meter(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
         self._references: dict[int, weakref.ref[Any]] = {}
         self.peak = 0  # most bytes alive at once, at the end of an operation
-        self.sent: Counter[str] = Counter()  # bytes that left this rank, by the name of the collective
+        # bytes that left this rank, by the name of the collective; without functional ones, which are DTensor's
+        self.sent: Counter[str] = Counter()
         self.hold(held)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(is_traceable_wrapper_subclass_type(kind) for kind in types):
             return NotImplemented  # a sharded tensor takes itself apart; its parts come by again
         results = func(*args, **(kwargs or {}))
-        if func.namespace == "c10d":
+        if func.namespace.endswith(("c10d", "c10d_functional")):
             self._communicated = True
             name = func._overloadpacket.__name__
             self.sent[name] += round(_SENT[name](args)) if name in _SENT else 0
