@@ -60,7 +60,7 @@ _SENT: dict[str, Callable[[Sequence[Any]], float]] = {
 }
 
 
-_SETTLE_S = 0.005  # a thread of gloo lets go of its tensors a moment after the wait for them is over
+_SETTLE_S = 0.02  # a thread of gloo lets go of its tensors a moment after the wait for them is over
 
 
 class Meter(TorchDispatchMode):

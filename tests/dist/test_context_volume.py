@@ -37,7 +37,9 @@ def measure(rank: int, world_size: int) -> dict[str, list[list[int]]]:
                 continue
             parallel = ParallelConfig(context_parallel=world_size, **options)
             longer = AttentionShape(shape.batch, shape.length * world_size // 2, *list(vars(shape).values())[2:])
-            found.setdefault(name, []).append(list(vars(measure_context(parallel, longer)).values()))
+            # on a busy machine a thread of gloo may let go of a tensor late, which adds bytes and never takes any
+            counts = [vars(measure_context(parallel, longer)).values() for _ in range(3)]
+            found.setdefault(name, []).append([min(values) for values in zip(*counts, strict=True)])
     return found
 
 

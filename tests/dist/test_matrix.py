@@ -89,7 +89,7 @@ def check(rows: list[Row], world_size: int) -> None:
     if world_size == 1:
         per_rank = [train_rows(0, 1, mine)]
     else:
-        per_rank = run_distributed(train_rows, world_size, mine, timeout=1200)
+        per_rank = run_distributed(train_rows, world_size, mine, timeout=2400)
     assert not Comparison().wrong(mine, per_rank)
 
 
@@ -101,6 +101,7 @@ def test_each_feature_and_each_pair_of_axes_trains_like_one_process(world_size: 
 
 @pytest.mark.dist
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_each_feature_in_three_mixtures_trains_like_one_process() -> None:
     check(mixtures(at_least=3), RANKS)
 
