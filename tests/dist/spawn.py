@@ -7,6 +7,7 @@ numbers, strings and dicts, lists or tuples of them. Import it as ``from spawn i
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import tempfile
 import time
@@ -43,6 +44,7 @@ def _child(
         "TORCHELASTIC_RESTART_COUNT": "0",
     }  # fmt: skip
     torch.set_num_threads(1)
+    faulthandler.enable()  # a rank that a signal ends says where it was
     try:
         if init_group:
             store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=timeout))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -42,7 +43,12 @@ CHANGES_NUMBERS = ("model", "documents", "optimizer", "precision")  # the other 
 
 
 def train_rows(rank: int, world_size: int, rows: list[Row]) -> list[dict[str, Any]]:
-    return [train_row(row) for row in rows]
+    done = []
+    for row in rows:
+        if rank == 0:
+            print(name_of(row), file=sys.stderr, flush=True)  # shown when a rank dies: the row it died in
+        done.append(train_row(row))
+    return done
 
 
 def train_row(row: Row) -> dict[str, Any]:
