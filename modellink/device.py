@@ -30,7 +30,7 @@ from modellink.errors import ModelLinkError
 from modellink.registry import suggest
 
 ENVIRONMENT_VARIABLE = "MODELLINK_DEVICE"
-_COLLECTIVES = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+_COLLECTIVES = {"cpu": "gloo_serial", "cuda": "nccl", "npu": "hccl"}
 
 
 # ---------------------------------------------------------------------------------------------------------------- which
@@ -118,16 +118,42 @@ def toolkit_version() -> str | None:
     return torch.version.cuda
 
 
+def _gloo_serial(group: Any, _: object) -> Any:
+    """gloo with one worker thread; `group` is torch's `DistributedBackendOptions`.
+
+    torch starts two workers for each group, and both write the name of the collective they finished last to one
+    string without a lock. The name of a gather of DTensors is too long to be kept inside the string, so that now and
+    then one worker frees what the other writes: a run on a busy machine dies of a broken heap
+    (`ProcessGroupGloo::runLoop` of torch 2.13).
+    """
+    gloo: Any = torch.distributed.ProcessGroupGloo  # its type stubs lack the options
+    options = gloo._Options()
+    interfaces = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+    options._devices = [gloo.create_device(interface=name) for name in interfaces] or [gloo.create_default_device()]
+    options._threads = 1
+    options._timeout = group.timeout
+    options.group_name, options.global_ranks_in_group = group.group_id, group.global_ranks_in_group
+    return gloo(group.store, group.group_rank, group.group_size, options)
+
+
+@functools.cache
+def host_backend() -> str:
+    """Name of the `torch.distributed` backend for CPU tensors and objects: gloo whose groups do one thing at a time."""
+    name = _COLLECTIVES["cpu"]
+    torch.distributed.Backend.register_backend(name, _gloo_serial, extended_api=True, devices=["cpu"])
+    return name
+
+
 def backend(with_host: bool = True) -> str:
     """Return the `torch.distributed` backend of this device.
 
-    With `with_host` an accelerator also gets gloo for CPU tensors ("cpu:gloo,cuda:nccl"): offloaded parameters and
-    object collectives then need no second process group. On CPU it is "gloo" either way.
+    With `with_host` an accelerator also gets `host_backend` for CPU tensors ("cpu:gloo_serial,cuda:nccl"): offloaded
+    parameters and object collectives then need no second process group. On CPU it is `host_backend` either way.
     """
-    kind = device_type()
-    if not is_accelerated() or not with_host:
-        return _COLLECTIVES[kind]
-    return f"cpu:gloo,{kind}:{_COLLECTIVES[kind]}"
+    kind, host = device_type(), host_backend()
+    if not is_accelerated():
+        return host
+    return f"cpu:{host},{kind}:{_COLLECTIVES[kind]}" if with_host else _COLLECTIVES[kind]
 
 
 # --------------------------------------------------------------------------------------------------------------- random

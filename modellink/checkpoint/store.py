@@ -37,6 +37,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save
 
+from modellink import device
 from modellink.checkpoint.agree import everywhere, on_first, together
 from modellink.checkpoint.manifest import (
     MANIFEST,
@@ -453,7 +454,7 @@ class CheckpointStore:
     def _join(self) -> dist.ProcessGroup | None:
         # a gloo group of its own: host objects need no accelerator, and a background save must not meet other traffic
         if self._group is None and not self.local and dist.is_initialized() and dist.get_world_size() > 1:
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend=device.host_backend())
         return self._group
 
 

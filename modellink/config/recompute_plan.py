@@ -15,6 +15,8 @@ parts that its layers drop in forward and rebuild in backward:
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -97,8 +99,9 @@ def recompute_plan(parallel: ParallelConfig, chunks: Sequence[Sequence[int]], st
 
 def _chunk(parallel: ParallelConfig, size: int, number: int, chunks: int, stage: int) -> ChunkPlan:
     if parallel.recompute_granularity == "full" and parallel.recompute_method != "block":
-        group = parallel.recompute_num_layers or 1
-        return tuple(Span(min(group, size - start), frozenset((LAYER,))) for start in range(0, size, group))
+        group, whole_layers = parallel.recompute_num_layers or 1, frozenset((LAYER,))
+        groups, rest = divmod(size, group)
+        return (Span(group, whole_layers),) * groups + (Span(rest, whole_layers),) * (rest > 0)
     per_rank, whole = parallel.recompute_layers_per_pp_rank, 0
     if parallel.recompute_granularity == "full":
         whole = size if parallel.recompute_num_layers is None else parallel.recompute_num_layers
@@ -111,14 +114,13 @@ def _chunk(parallel: ParallelConfig, size: int, number: int, chunks: int, stage:
         inside = frozenset(parallel.recompute_modules or ("core_attn",))
     elif parallel.recompute_activation_function:
         inside = ACTIVATIONS
+
+    def up_to(turn: int) -> int:
+        """Layers of this chunk before `turn`: the chunks of a rank take turns, so that a count is spread evenly."""
+        return min(size, max(0, math.ceil((turn - number) / chunks)) if per_rank else turn)
+
     count = parallel.recompute_activation_function_num_layers
-    last = whole + count if inside == ACTIVATIONS and count is not None else None
-    spans = []
-    for layer in range(size):
-        # the chunks of a rank take turns, so that a count over all of them is spread evenly
-        turn = layer * chunks + number if per_rank else layer
-        if turn < whole:
-            spans.append(Span(1, frozenset((LAYER,))))
-        else:
-            spans.append(Span(1, inside if last is None or turn < last else frozenset()))
-    return tuple(spans)
+    full = up_to(whole)
+    some = max(full, up_to(whole + count)) if inside == ACTIVATIONS and count is not None else size
+    rows = ((full, frozenset((LAYER,))), (some - full, inside), (size - some, frozenset[str]()))
+    return tuple(itertools.chain.from_iterable((Span(1, drops),) * layers for layers, drops in rows))

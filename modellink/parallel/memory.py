@@ -19,6 +19,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,6 @@ class _Layout:
         self.shards = self.copies // self.parallel.data_parallel_replicas if self.zero else 1
         self.experts = (self.model.num_experts or 0) // self.parallel.expert_parallel  # on one rank
         self.item = 4 if self.optimizer.dtype == "float32" else 2
-        self._known: dict[tuple[bool, frozenset[str]], int] = {}
         self.rows = config.train.micro_batch_size or 1
         self.length = (config.data.seq_length or 1) // self.parallel.context_parallel
         batch = config.train.global_batch_size or self.rows * self.data
@@ -191,12 +191,6 @@ class _Layout:
         per_token = norms + (heads + mlp) // tensor + routed + dropout
         return tokens * per_token + (0 if operators or "core_attn" in drops else self._scores())
 
-    def _kept(self, layer: int, drops: frozenset[str]) -> int:
-        kind = (self.model.layer_has_experts(layer), drops)
-        if kind not in self._known:
-            self._known[kind] = self.layer_activations(layer, drops)
-        return self._known[kind]
-
     def _norm_keeps(self) -> int:
         """Bytes per channel that a norm keeps besides its output: fp32 input and normalised values (RMSNorm)."""
         if self.model.normalization != "RMSNorm":
@@ -219,21 +213,20 @@ class _Layout:
         parallel, least = self.parallel, self.layer_input()
         if parallel.distribute_saved_activations and not parallel.sequence_parallel:
             least //= self.tensor
-        layers = self.layers_at(stage)
         chunks = [self.layers[chunk] for chunk in self.held(stage)]
         plan = recompute_plan(parallel, chunks, stage, self.model.num_layers or 0)
         each = at_work = start = 0
         whole = self.each(stage, self.layer_activations)
-        for span in itertools.chain.from_iterable(plan):
-            group = slice(start, start + span.layers)
+        for span, alike in itertools.groupby(itertools.chain.from_iterable(plan)):
+            count = len(list(alike))
+            groups = whole[start : start + count * span.layers].reshape(count, span.layers)
             if LAYER in span.drops:
-                each += least
-                at_work = max(at_work, int(whole[group].sum()))
-            elif span.drops:
-                each += sum(self._kept(int(layer), span.drops) for layer in layers[group])
+                each += least * count
+                at_work = max(at_work, int(groups.sum(1).max()))
             else:
-                each += int(whole[group].sum())
-            start += span.layers
+                kept = self.each(stage, partial(self.layer_activations, drops=span.drops)) if span.drops else whole
+                each += int(kept[start : start + groups.size].sum())
+            start += groups.size
         logits = 0
         if self.ends(stage)[1]:
             tokens = self.rows * math.ceil(self.length / parallel.output_layer_slice_num)

@@ -78,7 +78,7 @@ class Trainer:
         if config.train.deterministic:
             torch.use_deterministic_algorithms(True)
         # errors of one rank travel over a host group, so that all ranks stop with the same sentence
-        self.host_group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.host_group = dist.new_group(backend=device.host_backend()) if dist.is_initialized() else None
         self.topology = Topology(config.parallel)
         self.batches = BatchSizeSchedule(
             config.train.global_batch_size,

@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from modellink import device
+
 GRACE_S = 5.0  # how long the other ranks may go on after one failed, so that their own errors are seen too
 
 
@@ -48,8 +50,9 @@ def _child(
     try:
         if init_group:
             store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=timeout))
+            limit = timedelta(seconds=timeout)
             dist.init_process_group(
-                "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
+                device.host_backend(), store=store, rank=rank, world_size=world_size, timeout=limit
             )
         torch.save(fn(rank, world_size, *args), Path(folder, f"{rank}.pt"))
         if dist.is_initialized():
@@ -84,7 +87,7 @@ def run_distributed(
 ) -> list[Any]:
     """Return ``[fn(rank, world_size, *args) for each rank]``, each computed in its own process (CPU, one thread).
 
-    `init_group=False` leaves the default group to `fn`; ``init_process_group("gloo")`` then finds its rendezvous in
+    `init_group=False` leaves the default group to `fn`; ``init_process_group`` then finds its rendezvous in
     the environment, as under torchrun. Raises DistributedFailure, with the children's tracebacks, when a rank raises,
     dies or is not done after `timeout` seconds; no process outlives the call.
     """

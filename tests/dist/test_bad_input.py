@@ -293,10 +293,13 @@ def memory_cases() -> list[Case]:
     each = estimate_memory(load_config([*base, "--num-layers", "4"], "train")).total - one
     share = device.total_memory() / (1 if device.is_accelerated() else 2)
     layers = 2 * math.ceil(share * 1.25 / each / 2)
-    huge = ["train", *base, "--hidden-size", "65536", "--num-attention-heads", "512", "--num-layers", "2000"]
+    wide = ["train", *base, "--hidden-size", "65536", "--num-attention-heads", "512", "--num-layers", "2000"]
+    deep = ["train", *base, "--num-layers", "400000"]
+    sentence = ["a device is too small for this layout: the run needs at least", "choose a smaller"]
     shared = ["train", *base, "--num-layers", str(layers)]
     return [
-        Case("too large", huge, ["a device is too small for this layout: the run needs at least", "choose a smaller"]),
+        Case("too wide", wide, sentence),
+        Case("too deep", deep, sentence),
         Case("too small a device", shared, ["the nearest layout that fits is --", "GiB for each"], worlds=(2,)),
     ]
 

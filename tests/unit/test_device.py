@@ -23,7 +23,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cpu_is_the_device() -> None:
     assert device.device_type() == "cpu"
     assert device.set_device(3) == device.current_device() == torch.device("cpu")
-    assert device.backend() == device.backend(with_host=False) == "gloo"
+    assert device.backend() == device.backend(with_host=False) == device.host_backend() == "gloo_serial"
     assert device.device_count() == 1
     assert device.device_name()
 
@@ -41,13 +41,13 @@ def test_accelerator_backends_and_rank_limit(monkeypatch: pytest.MonkeyPatch) ->
     module = SimpleNamespace(device_count=lambda: 2, set_device=bound.append, current_device=lambda: bound[-1])
     monkeypatch.setattr(device, "device_type", lambda: "cuda")
     monkeypatch.setattr(device, "_module", lambda: module)
-    assert device.backend() == "cpu:gloo,cuda:nccl"
+    assert device.backend() == "cpu:gloo_serial,cuda:nccl"
     assert device.backend(with_host=False) == "nccl"
     assert device.set_device(1) == torch.device("cuda", 1)
     with pytest.raises(ModelLinkError, match="local rank 2 has no cuda device: this machine shows 2"):
         device.set_device(2)
     monkeypatch.setattr(device, "device_type", lambda: "npu")
-    assert device.backend() == "cpu:gloo,npu:hccl"
+    assert device.backend() == "cpu:gloo_serial,npu:hccl"
 
 
 def test_seed_and_random_state_cover_all_three_generators() -> None:
@@ -163,7 +163,7 @@ def test_env_prints_json_and_tables(capsys: pytest.CaptureFixture[str]) -> None:
     facts = json.loads(capsys.readouterr().out)
     # an installed package's version may leave out the build, as in 2.13.0+cu130
     assert facts["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert facts["device"]["type"] == "cpu" and facts["backends"]["used"] == "gloo"
+    assert facts["device"]["type"] == "cpu" and facts["backends"]["used"] == "gloo_serial"
     assert facts["kernels"]["math_attention"] and not facts["kernels"]["liger"]
     assert set(env.KERNELS) == {*device.features(), "math_attention"}
     assert env.run([]) == 0
