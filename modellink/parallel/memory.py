@@ -19,7 +19,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -215,18 +215,18 @@ class _Layout:
             least //= self.tensor
         chunks = [self.layers[chunk] for chunk in self.held(stage)]
         plan = recompute_plan(parallel, chunks, stage, self.model.num_layers or 0)
+        kept = cache(lambda drops: self.each(stage, partial(self.layer_activations, drops=drops)))
         each = at_work = start = 0
-        whole = self.each(stage, self.layer_activations)
         for span, alike in itertools.groupby(itertools.chain.from_iterable(plan)):
             count = len(list(alike))
-            groups = whole[start : start + count * span.layers].reshape(count, span.layers)
+            rows = slice(start, start + count * span.layers)
             if LAYER in span.drops:
                 each += least * count
-                at_work = max(at_work, int(groups.sum(1).max()))
+                whole = kept(frozenset())[rows].reshape(count, span.layers)
+                at_work = max(at_work, int(whole.sum(1).max()))
             else:
-                kept = self.each(stage, partial(self.layer_activations, drops=span.drops)) if span.drops else whole
-                each += int(kept[start : start + groups.size].sum())
-            start += groups.size
+                each += int(kept(span.drops)[rows].sum())
+            start = rows.stop
         logits = 0
         if self.ends(stage)[1]:
             tokens = self.rows * math.ceil(self.length / parallel.output_layer_slice_num)

@@ -49,8 +49,8 @@ def _child(
     faulthandler.enable()  # a rank that a signal ends says where it was
     try:
         if init_group:
-            store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=timeout))
             limit = timedelta(seconds=timeout)
+            store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=limit)
             dist.init_process_group(
                 device.host_backend(), store=store, rank=rank, world_size=world_size, timeout=limit
             )
